@@ -1,0 +1,104 @@
+"""Frozen ImageNet features: what RAN's feature head predicts and what the normality model is a Gaussian of."""
+
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+
+class RADFeatureExtractor(ModelMixin, ConfigMixin):
+    """A frozen timm backbone read at several strides, resized to one grid and concatenated (RAN, section 3.3).
+
+    The constructor builds the architecture only; weights come from `from_timm` or, with a saved pipeline, from
+    `from_pretrained`, which downloads nothing from timm.
+
+    Args:
+        backbone: Any timm model that supports `features_only`; RAN uses "tf_efficientnet_b4".
+        out_indices: The stages to read; (0, 1, 2, 3) are strides 2, 4, 8, 16 in an EfficientNet.
+        feature_stride: Pixels per position of the grid that every stage is resized to; RAN's 64 x 64 grid on
+            256 x 256 images is 4.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite0",
+        out_indices: tuple[int, ...] = (0, 1, 2, 3),
+        feature_stride: int = 8,
+    ):
+        super().__init__()
+        self.network = timm.create_model(backbone, features_only=True, out_indices=tuple(out_indices))
+        info = self.network.feature_info
+        if hasattr(self.network, "blocks"):  # EfficientNets keep the stages after the last one read
+            last = max(int(name.split(".")[1]) for name in info.module_name() if name.startswith("blocks."))
+            self.network.blocks = self.network.blocks[: last + 1]
+        self.num_channels = sum(info.channels())
+        cfg = self.network.pretrained_cfg
+        self.register_buffer("pixel_mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(cfg["std"]).view(1, 3, 1, 1))
+        self.register_buffer("channel_mean", torch.zeros(self.num_channels))
+        self.register_buffer("channel_std", torch.ones(self.num_channels))
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs) -> "RADFeatureExtractor":
+        """A backbone with timm's ImageNet weights, downloaded on first use.
+
+        Raises:
+            OSError: The weights are not cached and can not be downloaded.
+        """
+        extractor = cls(backbone, **kwargs)
+        try:
+            pretrained = timm.create_model(
+                backbone, pretrained=True, features_only=True, out_indices=tuple(extractor.config.out_indices)
+            )
+        except Exception as error:  # timm raises whatever its hub client raises: requests, httpx, hub or OS errors
+            raise OSError(
+                f"The ImageNet weights of timm's {backbone!r} are not in the cache and can not be downloaded ({error}). "
+                "Without a network, start from an embedded pipeline's extractor (backbone 'tf_efficientnet_lite0')."
+            ) from error
+        extractor.load_network(pretrained.state_dict())
+        return extractor
+
+    def load_network(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Copies weights in timm's naming; stages that are not read are left out, every other tensor must be there."""
+        own = self.network.state_dict()
+        self.network.load_state_dict({name: state_dict[name] for name in own})
+
+    def train(self, mode: bool = True) -> "RADFeatureExtractor":
+        """Stays in evaluation mode: the features are frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def calibrate(self, batches) -> None:
+        """Sets the mean and standard deviation of each channel from good images.
+
+        RAN weighs raw channels equally, so those of the largest variance rule the error; here each counts alike.
+
+        Args:
+            batches: Iterable of images [B, 3, H, W] in [-1, 1].
+        """
+        self.channel_mean.zero_()
+        self.channel_std.fill_(1.0)
+        count, total, squares = 0, 0.0, 0.0
+        for images in batches:
+            features = self(images).double().transpose(0, 1).flatten(1)
+            count += features.shape[1]
+            total, squares = total + features.sum(1), squares + features.square().sum(1)
+        if count == 0:
+            raise ValueError("calibrate needs at least one batch of good images, got none.")
+        mean = total / count
+        self.channel_mean.copy_(mean)
+        self.channel_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of images [B, 3, H, W] in [-1, 1]: [B, num_channels, H / feature_stride, W / feature_stride],
+        each channel in units of its deviation on good images once `calibrate` has run."""
+        x = ((images + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std
+        size = [side // self.config.feature_stride for side in images.shape[-2:]]
+        stages = [F.interpolate(f, size, mode="bilinear", antialias=True) for f in self.network(x)]
+        features = torch.cat(stages, dim=1)
+        return (features - self.channel_mean.view(1, -1, 1, 1)) / self.channel_std.view(1, -1, 1, 1)

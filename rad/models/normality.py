@@ -1,0 +1,348 @@
+"""What good images look like: the statistics that turn raw scores into units of good-image deviation."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+SCORE_TYPES = ("fused", "pixel", "feature", "mahalanobis", "rgb")
+TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
+NUM_FOLDS = 5
+
+
+class NormalityModel(ModelMixin, ConfigMixin):
+    """Statistics of good images, fitted by `NormalityModel.fit` and saved with the pipeline.
+
+    For every category it holds
+    - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021): means at each
+      position, covariances shared by square blocks of positions, or by all positions for objects that move;
+    - location and deviation of every raw score map at each position (KL, feature error and RGB difference at each
+      timestep, Mahalanobis distance), so that a score says how far from good images this one lies;
+    - the scores of held-out good images, from which p-values and thresholds with a stated false-alarm rate follow.
+
+    Args:
+        categories: Names of the categories, in the order of the class labels.
+        timesteps: Steps of the full chain at which maps are scored.
+        feature_channels, feature_size: Channels and side of the extractor's grid.
+        gaussian_channels: Features are projected to this many orthonormal directions.
+        gaussian_blocks: Covariances per side of the grid: `feature_size` is one at each position, 1 one for all.
+        map_size: Side of the grid of calibrated maps.
+        weights: Of the KL, feature and Mahalanobis maps in the fused one.
+        top_k: The image score is the mean of this many largest values of the map (RAN: 64).
+        num_scores, num_category_scores: Held-out good images in all, and of each category.
+        pooled: For each category, whether one Gaussian serves all positions.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        categories: tuple[str, ...] = ("object",),
+        timesteps: tuple[int, ...] = (20, 201, 401),
+        feature_channels: int = 192,
+        feature_size: int = 32,
+        gaussian_channels: int = 80,
+        gaussian_blocks: int = 32,
+        map_size: int = 64,
+        weights: tuple[float, float, float] = (0.1, 0.3, 0.6),
+        top_k: int = 64,
+        num_scores: int = 1,
+        pooled: tuple[bool, ...] = (False,),
+    ):
+        super().__init__()
+        num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 1, gaussian_channels
+        self.register_buffer("projection", torch.zeros(feature_channels, channels))
+        self.register_buffer("mean", torch.zeros(num_categories, channels, feature_size, feature_size))
+        # Lower triangle of the inverse Cholesky factor W of each covariance: |W (f - mean)| is the distance
+        self.register_buffer(
+            "whitening", torch.zeros(num_categories, gaussian_blocks**2, channels * (channels + 1) // 2)
+        )
+        self.register_buffer("category_mean", torch.zeros(num_categories, channels))
+        self.register_buffer("category_std", torch.ones(num_categories, channels))
+        self.register_buffer("location", torch.zeros(num_categories, num_maps, map_size, map_size))
+        self.register_buffer("scale", torch.ones(num_categories, num_maps, map_size, map_size))
+        self.register_buffer("map_scale", torch.ones(num_categories, len(SCORE_TYPES)))
+        self.register_buffer("score_location", torch.zeros(num_categories, len(SCORE_TYPES)))
+        self.register_buffer("score_scale", torch.ones(num_categories, len(SCORE_TYPES)))
+        self.register_buffer("good_scores", torch.zeros(len(SCORE_TYPES), num_scores))  # sorted, standardised
+        self.register_buffer("pixel_quantiles", torch.zeros(len(SCORE_TYPES), len(TAIL)))
+
+    # -- Gaussian of features -------------------------------------------------------------------------------------
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B, feature_channels, g, g] in the Gaussian's directions, [B, gaussian_channels, g, g]."""
+        return torch.einsum("bchw,cp->bphw", features.float(), self.projection.float())
+
+    def distance(self, features: torch.Tensor, labels: list[int]) -> torch.Tensor:
+        """Mahalanobis distance of features to good ones of their category at every position; differentiable.
+
+        Args:
+            features: The extractor's, [B, feature_channels, g, g].
+            labels: Class label of each image.
+
+        Returns:
+            Distances [B, g, g]; about sqrt(gaussian_channels) on good images.
+        """
+        residuals = self.project(features) - self.mean[labels].float()
+        whitening = {label: self._unpack(label) for label in set(labels)}
+        return torch.stack([_distance(r, whitening[label]) for r, label in zip(residuals, labels, strict=True)])
+
+    def _unpack(self, label: int) -> torch.Tensor:
+        """Whitening matrices [gaussian_blocks ** 2, P, P] of a category."""
+        channels = self.config.gaussian_channels
+        matrix = torch.zeros(self.whitening.shape[1], channels, channels, device=self.whitening.device)
+        rows, columns = torch.tril_indices(channels, channels)
+        matrix[:, rows, columns] = self.whitening[label].float()
+        return matrix
+
+    def classify(self, features: torch.Tensor) -> list[int]:
+        """The category whose good images each image resembles most, by the Gaussian of position-averaged features."""
+        average = self.project(features).mean((2, 3))[:, None]
+        std = self.category_std.float()
+        energy = ((average - self.category_mean.float()) / std).square().mean(-1) + 2 * std.log().mean(-1)
+        return energy.argmin(1).tolist()
+
+    # -- calibrated scores ----------------------------------------------------------------------------------------
+
+    def calibrate(self, raw_maps: torch.Tensor, labels: list[int]) -> dict[str, torch.Tensor]:
+        """Calibrated maps of each type [B, map_size, map_size], in units of good-image deviation.
+
+        Args:
+            raw_maps: From `stack_raw_maps`, [B, 3 T + 1, map_size, map_size].
+            labels: Class label of each image.
+        """
+        z = (raw_maps - self.location[labels].float()) / self.scale[labels].float()
+        return _combine(z, self.map_scale[labels].float(), self.config.weights)
+
+    def image_scores(self, maps: torch.Tensor, labels: list[int], score_type: str = "fused") -> torch.Tensor:
+        """Image scores [B]: mean of the largest values of each map, in units of the deviation of good images' scores."""
+        column = SCORE_TYPES.index(score_type)
+        location, scale = self.score_location[labels, column].float(), self.score_scale[labels, column].float()
+        return (_top_k_mean(maps, self.config.top_k) - location) / scale
+
+    def p_value(self, scores: torch.Tensor, score_type: str = "fused") -> torch.Tensor:
+        """How often a good image scores as high, [B] in (0, 1].
+
+        The rank among held-out good images, (1 + #{good >= score}) / (1 + n); beyond their upper tenth an exponential
+        tail fitted to it, because ranks can not tell rates below 1 / (n + 1) apart.
+        """
+        good, start, rate, mean_excess = self._tail(score_type)
+        scores = scores.to(good)
+        above = (good[None] >= scores[:, None]).sum(1)
+        rank = (1.0 + above) / (1.0 + len(good))
+        tail = rate * torch.exp(-(scores - start) / mean_excess)
+        return torch.where(scores > start, tail, rank).clamp(1e-12, 1.0)
+
+    def score_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
+        """The image score that good images exceed at this rate: scores above it have a p-value below the rate."""
+        good, start, rate, mean_excess = self._tail(score_type)
+        if false_alarm_rate < rate:
+            return float(start + mean_excess * np.log(rate / false_alarm_rate))
+        rank = int(np.clip(np.floor(false_alarm_rate * (len(good) + 1)), 1, len(good)))
+        return float(good.flip(0)[rank - 1])
+
+    def pixel_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
+        """The map value that this share of good images' pixels exceeds."""
+        quantiles = self.pixel_quantiles[SCORE_TYPES.index(score_type)].float().cpu().numpy()
+        return float(np.interp(-false_alarm_rate, -TAIL, quantiles))
+
+    def _tail(self, score_type: str) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
+        """Good images' scores (float64, ascending), where their tail starts, its rate and its mean excess."""
+        good = self.good_scores[SCORE_TYPES.index(score_type)].double().cpu()
+        size = max(1, len(good) // 10)
+        start = good[-size - 1] if len(good) > 1 else good[0]
+        mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
+        return good, start, (size + 1) / (len(good) + 1), mean_excess
+
+    # -- fitting --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        features: torch.Tensor,
+        labels: list[int],
+        raw_maps: torch.Tensor,
+        categories: list[str],
+        **config,
+    ) -> "NormalityModel":
+        """Fits on good images; every score that enters a threshold is held out.
+
+        The images are those of the Gaussian; the last len(raw_maps) of them are also scored. Those are split into
+        folds: the Gaussian and the deviations that score a fold never saw it. When the scored images were kept
+        from the network's training as well, their scores are those of fresh images.
+
+        Args:
+            features: The extractor's on all good images, [N, feature_channels, g, g], any float type.
+            labels: Class label of each, [N].
+            raw_maps: KL, feature error and RGB difference maps of the last n images, [n, 3 T, map_size, map_size].
+            categories: Their names; each needs at least two scored images.
+            config: Further arguments of the constructor.
+        """
+        label_of = torch.tensor(labels)
+        num_scored = len(raw_maps)
+        scored_labels = label_of[len(labels) - num_scored :]
+        counts = torch.bincount(scored_labels, minlength=len(categories)).tolist()
+        for category, count in zip(categories, counts, strict=True):
+            if count < 2:
+                raise ValueError(f"Category {category!r} has {count} good images to calibrate on; it needs at least 2.")
+        model = cls(
+            categories=tuple(categories),
+            feature_channels=features.shape[1],
+            feature_size=features.shape[-1],
+            map_size=raw_maps.shape[-1],
+            num_scores=num_scored,
+            pooled=(False,) * len(categories),
+            **config,
+        ).to(raw_maps.device)
+        # A fixed random orthonormal basis: it keeps directions of small variance, which principal components lose
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
+        model.projection.copy_(basis[:, : model.config.gaussian_channels])
+        projected = torch.cat([model.project(chunk) for chunk in features.split(64)])
+
+        maps = {name: torch.empty(num_scored, *raw_maps.shape[-2:], device=raw_maps.device) for name in SCORE_TYPES}
+        pooled = []
+        for label in range(len(categories)):
+            members = (label_of == label).nonzero().flatten()
+            scored = (scored_labels == label).nonzero().flatten()
+            fold_of_scored = torch.arange(len(scored)) % min(NUM_FOLDS, len(scored))
+            fold = torch.full((len(members),), -1)
+            fold[len(members) - len(scored) :] = fold_of_scored
+            x = projected[members]
+
+            # 1. Held-out distances under either Gaussian; the likelier one describes the category
+            distances, energies = {}, {}
+            for shared in (False, True):
+                distances[shared] = torch.empty(len(scored), *x.shape[-2:], device=x.device)
+                energies[shared] = 0.0
+                for k in fold_of_scored.unique():
+                    mean, whitening = _fit_gaussian(x[fold != k], model.config.gaussian_blocks, shared)
+                    held_out = torch.stack([_distance(r, whitening) for r in x[fold == k] - mean])
+                    distances[shared][fold_of_scored == k] = held_out
+                    log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
+                    energies[shared] += float(held_out.square().mean() + log_det) * len(held_out)
+            pooled.append(energies[True] < energies[False])
+            mean, whitening = _fit_gaussian(x, model.config.gaussian_blocks, pooled[-1])
+            rows, columns = torch.tril_indices(x.shape[1], x.shape[1])
+            model.mean[label] = mean
+            model.whitening[label] = whitening[:, rows, columns]
+            average = x.mean((2, 3))
+            model.category_mean[label] = average.mean(0)
+            model.category_std[label] = average.std(0).clamp_min(1e-3)
+
+            # 2. Location and deviation of every map, held out fold by fold for the scores
+            raw = torch.cat([raw_maps[scored].float(), _resize(distances[pooled[-1]], model.config.map_size)], dim=1)
+            z = torch.empty_like(raw)
+            for k in fold_of_scored.unique():
+                location, scale = _fit_deviation(raw[fold_of_scored != k])
+                z[fold_of_scored == k] = (raw[fold_of_scored == k] - location) / scale
+            model.location[label], model.scale[label] = _fit_deviation(raw)
+
+            # 3. Unit deviation for each combined map, first the parts, then the fused one
+            ones = torch.ones(1, len(SCORE_TYPES), device=raw.device)
+            parts = _combine(z, ones, model.config.weights)
+            map_scale = torch.stack([parts[name].std() for name in SCORE_TYPES])
+            map_scale[0] = 1.0
+            map_scale[0] = _combine(z, map_scale[None], model.config.weights)["fused"].std()
+            model.map_scale[label] = map_scale
+            combined = _combine(z, map_scale[None], model.config.weights)
+            for column, name in enumerate(SCORE_TYPES):
+                maps[name][scored] = combined[name]
+                scores = _top_k_mean(combined[name], model.config.top_k)
+                model.score_location[label, column] = scores.mean()
+                model.score_scale[label, column] = scores.std().clamp_min(1e-3)
+        model.register_to_config(pooled=tuple(pooled))
+
+        # 4. Scores of held-out good images, pooled over the categories whose units they share
+        tail = torch.from_numpy(TAIL)
+        for column, name in enumerate(SCORE_TYPES):
+            scores = model.image_scores(maps[name], scored_labels.tolist(), name)
+            model.good_scores[column] = scores.sort().values
+            values = maps[name].flatten().double().sort().values
+            index = ((1.0 - tail) * (len(values) - 1)).round().long()
+            model.pixel_quantiles[column] = values[index.to(values.device)].float()
+        return model
+
+
+def stack_raw_maps(
+    kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, distance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Raw score maps on one grid, [B, 3 T (+ 1), size, size].
+
+    Args:
+        kl, rgb: [B, T, H, W].
+        error: [B, T, g, g].
+        distance: [B, g, g], left out while fitting.
+    """
+    maps = [_resize(kl, size), _resize(error, size), _resize(rgb, size)]
+    if distance is not None:
+        maps.append(_resize(distance, size))
+    return torch.cat(maps, dim=1)
+
+
+def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Maps [B, (M,) h, w] on a grid of `size`: averaged down or interpolated up, [B, M, size, size]."""
+    maps = maps.float() if maps.ndim == 4 else maps[:, None].float()
+    if maps.shape[-1] > size:
+        return F.adaptive_avg_pool2d(maps, size)
+    return F.interpolate(maps, (size, size), mode="bilinear")
+
+
+def _combine(z: torch.Tensor, map_scale: torch.Tensor, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """Means over timesteps of deviations z [B, 3 T + 1, h, w] and their weighted sum, each divided by its own scale."""
+    num_timesteps = (z.shape[1] - 1) // 3
+    pixel, feature, rgb, mahalanobis = (part.mean(1) for part in z.split([num_timesteps] * 3 + [1], dim=1))
+    maps = {"pixel": pixel, "feature": feature, "mahalanobis": mahalanobis, "rgb": rgb}
+    scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(SCORE_TYPES)}
+    maps = {name: values / scale[name] for name, values in maps.items()}
+    fused = sum(w * maps[name] for w, name in zip(weights, ("pixel", "feature", "mahalanobis"), strict=True))
+    return {"fused": fused / scale["fused"], **maps}
+
+
+def _top_k_mean(maps: torch.Tensor, k: int) -> torch.Tensor:
+    return maps.flatten(1).topk(min(k, maps[0].numel()), dim=1).values.mean(1)
+
+
+def _distance(residual: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
+    """Norm of whitened residuals [P, g, g] under blocks of matrices [b * b, P, P]: [g, g]."""
+    channels, size = residual.shape[0], residual.shape[-1]
+    blocks = int(round(len(whitening) ** 0.5))
+    side = size // blocks
+    x = residual.view(channels, blocks, side, blocks, side).permute(1, 3, 0, 2, 4).reshape(blocks**2, channels, -1)
+    squares = (whitening @ x).square().sum(1).view(blocks, blocks, side, side)
+    return squares.permute(0, 2, 1, 3).reshape(size, size).clamp_min(1e-12).sqrt()
+
+
+def _fit_gaussian(x: torch.Tensor, blocks: int, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [P, g, g] and whitening matrices [blocks ** 2, P, P] of features [N, P, g, g].
+
+    RAN adds 0.01 I to each covariance. Covariances of few images are also drawn towards the pooled one, which counts
+    as much as `P` observations.
+    """
+    count, channels, size, _ = x.shape
+    side = size // blocks
+    pooled_mean = x.mean((0, 2, 3)).view(-1, 1, 1).expand(-1, size, size)
+    mean = pooled_mean if pooled else x.mean(0)
+    residuals = (x - mean).view(count, channels, blocks, side, blocks, side)
+    residuals = residuals.permute(2, 4, 1, 0, 3, 5).reshape(blocks**2, channels, -1)
+    covariance = residuals @ residuals.transpose(1, 2) / residuals.shape[-1]
+    shared = covariance.mean(0, keepdim=True)
+    observations = 0 if pooled else residuals.shape[-1]
+    covariance = (observations * covariance + channels * shared) / (observations + channels)
+    covariance = covariance.double().cpu().numpy() + 0.01 * np.eye(channels)
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
+    return mean.contiguous(), torch.from_numpy(whitening).float().to(x.device)
+
+
+def _fit_deviation(raw: torch.Tensor, prior: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location and deviation at every position of maps [N, M, h, w], each [M, h, w].
+
+    Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
+    `prior` images: few images say little of any one position.
+    """
+    count = len(raw)
+    moments = torch.stack([raw.mean(0), raw.square().mean(0)])
+    moments = F.avg_pool2d(moments, 3, stride=1, padding=1, count_include_pad=False)
+    location, square = (count * moments + prior * moments.mean((-2, -1), keepdim=True)) / (count + prior)
+    return location, (square - location.square()).clamp_min(1e-12).sqrt()

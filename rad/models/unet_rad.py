@@ -1,0 +1,183 @@
+"""The denoiser: diffusers' U-Net on pixel patches, with a second head that predicts frozen features of x_0."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+@dataclass
+class RADUNet2DOutput(BaseOutput):
+    """What one forward pass predicts at x_t.
+
+    Attributes:
+        sample: The noise eps, [B, C, H, W].
+        variance: v in the learned range, about [-1, 1], [B, C, H, W].
+        features: Features of x_0, [B, feature_channels, H / feature_stride, W / feature_stride].
+    """
+
+    sample: torch.Tensor
+    variance: torch.Tensor | None = None  # optional only for accelerate, which rebuilds outputs from a dict
+    features: torch.Tensor | None = None
+
+
+class RADUNet2DModel(ModelMixin, ConfigMixin):
+    """diffusers' `UNet2DModel` with learned variance, pixel patches, a feature head and category labels.
+
+    `RADUNet2DModel.from_named_config("ran")` is the published network (552 M parameters without its feature head).
+
+    Args:
+        sample_size: Side of the square training images in pixels; other multiples of the total stride work too.
+        patch_size: Pixels per side that one position of the U-Net holds (pixel-unshuffle in, pixel-shuffle out);
+            1 is RAN, 4 makes a small network fast on a CPU.
+        down_block_types, up_block_types, block_out_channels, layers_per_block, attention_head_dim, downsample_type,
+            upsample_type, resnet_time_scale_shift, norm_num_groups, dropout: As in `UNet2DModel`.
+        feature_block: The residual block of the decoder that the feature head reads, from 0; RAN reads the 11th of
+            18, so 10. Negative counts from the end.
+        feature_channels, feature_stride: The extractor's channels, and pixels per position of its grid.
+        categories: Names of the categories it is trained on, in the order of the class labels; none for a network
+            without labels. One more embedding stands for an unknown category.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 256,
+        in_channels: int = 3,
+        patch_size: int = 4,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (64, 128, 192),
+        layers_per_block: int = 1,
+        attention_head_dim: int = 64,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        resnet_time_scale_shift: str = "scale_shift",
+        norm_num_groups: int = 32,
+        dropout: float = 0.0,
+        feature_block: int = 3,
+        feature_channels: int = 192,
+        feature_stride: int = 8,
+        categories: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        num_decoder_blocks = len(up_block_types) * (layers_per_block + 1)
+        if not -num_decoder_blocks <= feature_block < num_decoder_blocks:
+            raise ValueError(f"feature_block must name one of {num_decoder_blocks} decoder blocks, got {feature_block}.")
+        self.unet = UNet2DModel(
+            sample_size=sample_size // patch_size,
+            in_channels=in_channels * patch_size**2,
+            out_channels=2 * in_channels * patch_size**2,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            attention_head_dim=attention_head_dim,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=norm_num_groups,
+            dropout=dropout,
+            num_class_embeds=len(categories) + 1 if categories else None,
+        )
+        self.feature_block = feature_block % num_decoder_blocks
+        width = block_out_channels[::-1][self.feature_block // (layers_per_block + 1)]
+        self.feature_head = nn.Sequential(
+            nn.GroupNorm(norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, feature_channels, kernel_size=1)
+        )
+
+    @classmethod
+    def from_named_config(cls, name: str, **overrides) -> "RADUNet2DModel":
+        """A network by name: "small" (the embedded checkpoints) or "ran" (as published), with random weights."""
+        if name not in NAMED_CONFIGS:
+            raise ValueError(f"The model configuration must be one of {sorted(NAMED_CONFIGS)}, got {name!r}.")
+        return cls(**(NAMED_CONFIGS[name] | overrides))
+
+    @property
+    def stride(self) -> int:
+        """Side of the image must be a multiple of this many pixels."""
+        return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
+    ) -> RADUNet2DOutput:
+        """Predicts noise, variance and features at x_t in one pass.
+
+        Args:
+            sample: x_t, [B, C, H, W]; H and W multiples of `stride`.
+            timestep: Steps of the full chain, an int or [B].
+            class_labels: [B] in 0 .. len(categories), where the last means "unknown", also the default.
+        """
+        if sample.shape[-1] % self.stride or sample.shape[-2] % self.stride:
+            raise ValueError(
+                f"The sides of the image must be multiples of {self.stride} pixels, got {tuple(sample.shape[-2:])}."
+            )
+        unet, batch = self.unet, sample.shape[0]
+
+        # 1. Time and category embedding
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        emb = unet.time_embedding(unet.time_proj(timestep).to(sample.dtype))
+        if unet.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch,), len(self.config.categories), device=sample.device)
+            emb = emb + unet.class_embedding(class_labels)
+
+        # 2. Encoder
+        hidden = unet.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        skips = [hidden]
+        for block in unet.down_blocks:
+            hidden, residuals = block(hidden, emb)
+            skips.extend(residuals)
+        hidden = unet.mid_block(hidden, emb)
+
+        # 3. Decoder, written out so that the feature head can read any of its residual blocks
+        features, position = None, 0
+        for block in unet.up_blocks:
+            attentions = getattr(block, "attentions", [None] * len(block.resnets))
+            for resnet, attention in zip(block.resnets, attentions, strict=True):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+                if self.training and block.gradient_checkpointing:
+                    hidden = torch.utils.checkpoint.checkpoint(resnet, hidden, emb, use_reentrant=False)
+                else:
+                    hidden = resnet(hidden, emb)
+                if attention is not None:
+                    hidden = attention(hidden)
+                if position == self.feature_block:
+                    features = self.feature_head(hidden)
+                position += 1
+            for upsampler in block.upsamplers or []:
+                hidden = upsampler(hidden, emb) if isinstance(upsampler, ResnetBlock2D) else upsampler(hidden)
+
+        # 4. Outputs
+        hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
+        noise, variance = hidden.chunk(2, dim=1)
+        noise, variance = (F.pixel_shuffle(x, self.config.patch_size) for x in (noise, variance))
+        size = [side // self.config.feature_stride for side in sample.shape[-2:]]
+        if list(features.shape[-2:]) != size:
+            features = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
+        return RADUNet2DOutput(noise, variance, features)
+
+
+NAMED_CONFIGS = {
+    "small": {},
+    "ran": {
+        "patch_size": 1,
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        "block_out_channels": (256, 256, 512, 512, 1024, 1024),
+        "layers_per_block": 2,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "feature_block": 10,
+        "feature_channels": 272,
+        "feature_stride": 4,
+    },
+}

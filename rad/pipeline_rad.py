@@ -1,0 +1,595 @@
+"""RADPipeline: find defects with a diffusion model that has seen good parts only, and show what a good part looks like.
+
+RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et al., ICCV 2023).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from scipy import ndimage
+
+from .image_processor import PipelineImageInput, RADImageProcessor
+from .models.feature_extractor import RADFeatureExtractor
+from .models.normality import SCORE_TYPES, NormalityModel, stack_raw_maps
+from .models.unet_rad import RADUNet2DModel
+from .scheduler_rad import RADScheduler
+
+EMBEDDED_DIR = Path(__file__).parent / "pretrained"
+EMBEDDED_MODELS = ("synthetic", "mtd")
+
+
+@dataclass(frozen=True)
+class AnomalyRegion:
+    """One connected region of a mask.
+
+    Attributes:
+        box: Left, top, right and bottom in pixels of the input; right and bottom are exclusive.
+        area: Pixels.
+        peak: Largest value of the anomaly map inside.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    peak: float
+
+
+@dataclass
+class RADPipelineOutput(BaseOutput):
+    """Scores of a list of B images. Maps are float32 [B, H, W] at the inputs' own size, or a list of B arrays [H, W]
+    when the sizes differ.
+
+    Attributes:
+        anomaly_map: The map of the chosen score. In calibrated mode in units of good-image deviation: about 0 on good
+            images, 1 a standard deviation above.
+        score: [B], one number for each image, likewise.
+        p_value: [B] in (0, 1], how often a good image scores as high; None in paper mode.
+        is_anomalous: [B] bool, p_value <= false_alarm_rate; None in paper mode.
+        mask: [B, H, W] bool, pixels above the pixel threshold of the same rate; empty for images judged good. None in
+            paper mode.
+        regions: For each image the connected regions of its mask, largest peak first; None in paper mode.
+        pixel_map, feature_map, mahalanobis_map, rgb_map: Each score alone: KL, feature error, Mahalanobis distance (None
+            in paper mode, RAN has none) and the RGB difference that RAN compares with.
+        category: The category whose normality was used, for each image.
+        threshold: The image score at which false_alarm_rate lies; None in paper mode.
+        pixel_threshold: The map value at which it lies; None in paper mode.
+    """
+
+    anomaly_map: np.ndarray | list[np.ndarray]
+    score: np.ndarray
+    p_value: np.ndarray | None = None
+    is_anomalous: np.ndarray | None = None
+    mask: np.ndarray | list[np.ndarray] | None = None
+    regions: list[list[AnomalyRegion]] | None = None
+    pixel_map: np.ndarray | list[np.ndarray] | None = None
+    feature_map: np.ndarray | list[np.ndarray] | None = None
+    mahalanobis_map: np.ndarray | list[np.ndarray] | None = None
+    rgb_map: np.ndarray | list[np.ndarray] | None = None
+    category: list[str] | None = None
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+
+
+@dataclass
+class RADRestorationOutput(BaseOutput):
+    """What good parts in the place of these would look like.
+
+    Attributes:
+        images: The restored images, RGB at the inputs' own size.
+        intermediates: For each image the input and the image after each step, RGB at the model's resolution.
+        distances: For each image the Mahalanobis score before the first and after each step, in units of good-image
+            deviation: 0 is a typical good image.
+    """
+
+    images: list[Image.Image]
+    intermediates: list[list[Image.Image]]
+    distances: list[np.ndarray]
+
+
+class RADPipeline(DiffusionPipeline):
+    """Anomaly localisation with a diffusion model trained on good images.
+
+    Args:
+        unet: Predicts noise, variance and features in one pass.
+        scheduler: The diffusion arithmetic.
+        feature_extractor: Frozen ImageNet features.
+        normality: Statistics of good images; None until `fit_normality`, and then only `mode="paper"` works.
+        resolution: Images are resized to this square; maps are resized back.
+        num_noise_samples: Noise draws at each timestep by default, in antithetic pairs.
+    """
+
+    model_cpu_offload_seq = "feature_extractor->unet->normality"
+    _optional_components = ["normality"]
+
+    def __init__(
+        self,
+        unet: RADUNet2DModel,
+        scheduler: RADScheduler,
+        feature_extractor: RADFeatureExtractor,
+        normality: NormalityModel | None = None,
+        resolution: int = 256,
+        num_noise_samples: int = 2,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, normality=normality
+        )
+        self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
+        self.image_processor = RADImageProcessor(resolution)
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "RADPipeline":
+        """As in diffusers; weights are read from safetensors only.
+
+        Raises:
+            OSError: A file of a local pipeline is missing or damaged; the message names it.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_pipeline_folder(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+
+    @classmethod
+    def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> "RADPipeline":
+        """One of the pipelines that come with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
+        if name not in EMBEDDED_MODELS:
+            raise ValueError(f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {name!r}.")
+        return cls.from_pretrained(EMBEDDED_DIR / name, **kwargs)
+
+    # -- scoring --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        timesteps: list[int] | None = None,
+        num_noise_samples: int | None = None,
+        class_labels: str | int | list[str | int] | None = None,
+        mode: str = "calibrated",
+        score_type: str = "fused",
+        false_alarm_rate: float = 0.01,
+        seed: int = 0,
+        batch_size: int = 4,
+        output_type: str = "np",
+    ) -> RADPipelineOutput:
+        """Scores images: noise them, denoise one step, compare with the true posterior and with good images.
+
+        An image's numbers depend on the image and the seed alone, not on its batch or its place in it.
+
+        Args:
+            image: One image or a list; see `RADImageProcessor.decode` for what is accepted.
+            timesteps: Steps of the full chain on the respaced one; by default those of the normality model, which
+                calibrated scores are fitted to, or RAN's 20, 201, 401.
+            num_noise_samples: Noise draws at each timestep, in antithetic pairs.
+            class_labels: Category of each image, or one for all, by name or number; by default the category whose good
+                images each one resembles most.
+            mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distance fused) or
+                "paper" (RAN to the letter: per-image z-scores, alpha = 0.5, no smoothing).
+            score_type: Which map decides: "fused", "pixel" (KL), "feature", "mahalanobis" or "rgb".
+            false_alarm_rate: Share of good images that may be called anomalous.
+            seed: Of the noise.
+            batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
+            output_type: "np" for NumPy arrays, "pt" for CPU tensors.
+
+        Raises:
+            ValueError: A bad image or argument; the message names it and what is accepted.
+        """
+        # 0. Check inputs
+        if mode not in ("calibrated", "paper"):
+            raise ValueError(f"mode must be 'calibrated' or 'paper', got {mode!r}.")
+        if score_type not in SCORE_TYPES or (mode == "paper" and score_type == "mahalanobis"):
+            accepted = [name for name in SCORE_TYPES if mode == "calibrated" or name != "mahalanobis"]
+            raise ValueError(f"score_type must be one of {', '.join(accepted)} in {mode} mode, got {score_type!r}.")
+        if not 0 < false_alarm_rate < 1:
+            raise ValueError(f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}.")
+        if output_type not in ("np", "pt"):
+            raise ValueError(f"output_type must be 'np' or 'pt', got {output_type!r}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if mode == "calibrated" and self.normality is None:
+            raise ValueError("This pipeline has no normality model: call fit_normality(images) or use mode='paper'.")
+        fitted = None if self.normality is None else list(self.normality.config.timesteps)
+        timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100]) if timesteps is None else list(timesteps)
+        if mode == "calibrated" and timesteps != fitted:
+            raise ValueError(
+                f"Calibrated scores are fitted to the timesteps {fitted}, got {timesteps}: "
+                "call fit_normality(images, timesteps=...) or use mode='paper'."
+            )
+
+        # 1. Decode and resize; every image by itself
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images:
+            raise ValueError("The list of images is empty: give at least one image.")
+        labels = self._check_labels(class_labels, len(images))
+
+        # 2. Score in stacked passes
+        chunks, sizes, categories = [], [], []
+        with self.progress_bar(total=len(images)) as progress:
+            for start in range(0, len(images), batch_size):
+                x_0, chunk_sizes = self.image_processor.preprocess(images[start : start + batch_size])
+                x_0 = x_0.to(self._execution_device, self.unet.dtype)
+                features = self.feature_extractor(x_0)
+                chunk_labels = labels[start : start + batch_size]
+                if self.normality is not None:
+                    guesses = self.normality.classify(features)
+                    chunk_labels = [g if n is None else n for n, g in zip(chunk_labels, guesses, strict=True)]
+                    categories += [self.normality.config.categories[label] for label in chunk_labels]
+                kl, error, rgb = self.raw_scores(
+                    x_0, features, self._unet_labels(chunk_labels), timesteps, num_noise_samples, seed, mode == "paper"
+                )
+                if mode == "paper":
+                    maps = _paper_maps(kl, error, rgb)
+                    scores = {name: m.flatten(1).topk(64).values.mean(1) for name, m in maps.items()}
+                else:
+                    distance = self.normality.distance(features, chunk_labels)
+                    raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, distance)
+                    maps = self.normality.calibrate(raw, chunk_labels)
+                    scores = {
+                        name: self.normality.image_scores(m, chunk_labels, name) for name, m in maps.items()
+                    }
+                resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
+                chunks.append((resized, scores[score_type].float().cpu()))
+                sizes += chunk_sizes
+                progress.update(len(x_0))
+
+        # 3. Decide
+        maps = {name: [m for resized, _ in chunks for m in resized[name]] for name in chunks[0][0]}
+        score = torch.cat([scores for _, scores in chunks])
+        decision = {}
+        if mode == "calibrated":
+            p_value = self.normality.p_value(score, score_type)
+            pixel_threshold = self.normality.pixel_threshold(false_alarm_rate, score_type)
+            is_anomalous = (p_value <= false_alarm_rate).numpy()
+            masks = [(m > pixel_threshold) & bad for m, bad in zip(maps[score_type], is_anomalous, strict=True)]
+            decision = {
+                "p_value": p_value.numpy(),
+                "is_anomalous": is_anomalous,
+                "mask": _stack(masks),
+                "regions": [find_regions(k, m) for k, m in zip(masks, maps[score_type], strict=True)],
+                "threshold": self.normality.score_threshold(false_alarm_rate, score_type),
+                "pixel_threshold": pixel_threshold,
+            }
+        output = RADPipelineOutput(
+            anomaly_map=_stack(maps[score_type]),
+            score=score.numpy(),
+            category=categories or None,
+            **{f"{name}_map": _stack(m) for name, m in maps.items() if name != "fused"},
+            **decision,
+        )
+        return _to_tensors(output) if output_type == "pt" else output
+
+    def raw_scores(
+        self,
+        x_0: torch.Tensor,
+        features: torch.Tensor,
+        unet_labels: torch.Tensor | None,
+        timesteps: list[int],
+        num_noise_samples: int | None = None,
+        seed: int = 0,
+        raw_channels: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """RAN's two scores and the RGB difference, all timesteps and noise draws in one pass of the U-Net.
+
+        Args:
+            x_0: Images [B, 3, S, S] in [-1, 1].
+            features: The extractor's, [B, C, g, g].
+            unet_labels: Class labels [B] of the U-Net, None if it has none.
+            raw_channels: Weigh the extractor's raw channels equally, as RAN does, not the standardised ones.
+
+        Returns:
+            KL in bits, mean over colour channels [B, T, S, S]; squared feature error, mean over channels
+            [B, T, g, g]; |x0_hat - x_0|, mean over colour channels [B, T, S, S]. Each averaged over noise draws.
+        """
+        draws = self.config.num_noise_samples if num_noise_samples is None else num_noise_samples
+        if draws < 1:
+            raise ValueError(f"num_noise_samples must be at least 1, got {draws}.")
+        noise = torch.cat([_noise(seed, t, draws, x_0) for t in timesteps])  # [T D, 3, S, S], the same for each image
+        t = torch.tensor(timesteps, device=x_0.device).repeat_interleave(draws).repeat(len(x_0))
+        noise = noise.repeat(len(x_0), 1, 1, 1)
+        x_0 = x_0.repeat_interleave(len(timesteps) * draws, dim=0)
+        if unet_labels is not None:
+            unet_labels = unet_labels.repeat_interleave(len(timesteps) * draws)
+
+        x_t = self.scheduler.add_noise(x_0, noise, t)
+        output = self.unet(x_t, t, unet_labels)
+        kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
+
+        squared = (output.features.float().unflatten(0, (len(features), -1)) - features.float()[:, None]).square()
+        if raw_channels:
+            squared = squared * self.feature_extractor.channel_std.float().square().view(-1, 1, 1)
+        error = squared.mean(2).unflatten(1, (len(timesteps), draws)).mean(2)
+        kl, rgb = (
+            m.mean(1).unflatten(0, (len(features), len(timesteps), draws)).mean(2)
+            for m in (kl, (x0_hat - x_0.float()).abs())
+        )
+        return kl, error, rgb
+
+    # -- normality ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_normality(
+        self,
+        images: PipelineImageInput,
+        holdout_images: PipelineImageInput | None = None,
+        categories: list[str] | None = None,
+        holdout_categories: list[str] | None = None,
+        timesteps: list[int] | None = None,
+        seed: int = 0,
+        batch_size: int = 4,
+        **config: Any,
+    ) -> None:
+        """Fits what good images look like, with no training: seconds for tens of images.
+
+        Args:
+            images: Good images, at least two for each category.
+            holdout_images: Good images that the network was not trained on. When given, the score statistics and the
+                thresholds come from them alone, and `images` serve the Gaussian of features; otherwise `images` serve
+                both, fold by fold.
+            categories, holdout_categories: Category of each image; by default one, "object".
+            timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
+            config: Further arguments of `NormalityModel`, such as `weights` or `gaussian_blocks`; by default those of
+                the present normality model.
+        """
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        holdout_images = list(holdout_images or [])
+        scored_images = holdout_images or images
+        gaussian_only = images if holdout_images else []
+        names = list(categories or ["object"] * len(images)) + list(
+            holdout_categories or ["object"] * len(holdout_images)
+        )
+        if len(names) != len(images) + len(holdout_images):
+            raise ValueError(f"{len(names)} categories were given for {len(images) + len(holdout_images)} images.")
+        known = sorted(set(names))
+        labels = [known.index(name) for name in names]
+        if self.normality is not None:
+            kept = ("gaussian_channels", "gaussian_blocks", "weights", "top_k", "timesteps")
+            config = {key: self.normality.config[key] for key in kept} | config
+        if timesteps is not None or "timesteps" not in config:
+            config["timesteps"] = timesteps or self.scheduler.respaced_to_full([5, 50, 100])
+        config["timesteps"] = list(config["timesteps"])
+        map_size = self.config.resolution // 4  # RAN's 64 x 64
+
+        features, raw_maps = [], []
+        with self.progress_bar(total=len(gaussian_only) + len(scored_images)) as progress:
+            for start in range(0, len(gaussian_only), batch_size):
+                x_0, _ = self.image_processor.preprocess(gaussian_only[start : start + batch_size])
+                features.append(self.feature_extractor(x_0.to(self._execution_device, self.unet.dtype)).half())
+                progress.update(len(x_0))
+            for start in range(0, len(scored_images), batch_size):
+                x_0, _ = self.image_processor.preprocess(scored_images[start : start + batch_size])
+                x_0 = x_0.to(self._execution_device, self.unet.dtype)
+                f = self.feature_extractor(x_0)
+                first = len(gaussian_only) + start
+                unet_labels = self._unet_labels_of_names(names[first : first + len(x_0)])
+                scores = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
+                features.append(f.half())
+                raw_maps.append(stack_raw_maps(*scores, map_size))
+                progress.update(len(x_0))
+        normality = NormalityModel.fit(torch.cat(features), labels, torch.cat(raw_maps), known, **config)
+        normality.half().float()  # saved in half precision: what is used is what is saved
+        self.register_modules(normality=normality.to(self._execution_device))
+
+    def _check_labels(self, class_labels: str | int | list[str | int] | None, count: int) -> list[int | None]:
+        """Class labels of the normality model, one for each image; None where it shall find out."""
+        if class_labels is None or self.normality is None:
+            return [None] * count
+        class_labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
+        if len(class_labels) != count:
+            raise ValueError(f"{len(class_labels)} class_labels were given for {count} images.")
+        categories = list(self.normality.config.categories)
+        labels = [categories.index(name) if name in categories else name for name in class_labels]
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < len(categories):
+                raise ValueError(f"There is no category {label!r}; this pipeline knows {', '.join(categories)}.")
+        return labels
+
+    def _unet_labels(self, labels: list[int | None]) -> torch.Tensor | None:
+        if self.normality is None:
+            return self._unet_labels_of_names([None] * len(labels))
+        return self._unet_labels_of_names([self.normality.config.categories[label] for label in labels])
+
+    def _unet_labels_of_names(self, names: list[str | None]) -> torch.Tensor | None:
+        """Class labels of the U-Net: a category it was not trained on gets the "unknown category" embedding."""
+        trained = list(self.unet.config.categories)
+        if not trained:
+            return None
+        labels = [trained.index(name) if name in trained else len(trained) for name in names]
+        return torch.tensor(labels, device=self._execution_device)
+
+    # -- restoration ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore(
+        self,
+        image: PipelineImageInput,
+        num_steps: int = 100,
+        step_size: float = 0.02,
+        denoise_every: int = 5,
+        denoise_timestep: int | None = None,
+        class_labels: str | int | list[str | int] | None = None,
+        keep_normal: bool = True,
+        seed: int = 0,
+    ) -> RADRestorationOutput:
+        """Gradient denoising (RAN, algorithm 1): the gradient of the Mahalanobis distance removes the anomaly, the
+        diffusion model removes the gradient's noise.
+
+        Stops when the image is as close to normal as a typical good one.
+
+        Args:
+            image: One image or a list.
+            num_steps: Steps at most (RAN: 500).
+            step_size: s; each step scales the image by sqrt(1 - s^2) and moves it by s standardised gradients, so that
+                it is a diffusion step of variance s^2.
+            denoise_every: Denoise after this many steps.
+            denoise_timestep: Step of the full chain to denoise at; by default RAN's 8 of 250, which is 32.
+            class_labels: As in scoring.
+            keep_normal: Leave what the anomaly map calls normal as it was.
+            seed: Of the noise in scoring.
+        """
+        if self.normality is None:
+            raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
+        if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1:
+            raise ValueError(
+                "num_steps and denoise_every must be at least 1 and step_size between 0 and 1, "
+                f"got {num_steps}, {denoise_every} and {step_size}."
+            )
+        if denoise_timestep is None:
+            denoise_timestep = self.scheduler.respaced_to_full([8])[0]
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        labels = self._check_labels(class_labels, len(images))
+        t = torch.tensor([denoise_timestep], device=self._execution_device)
+
+        output = RADRestorationOutput(images=[], intermediates=[], distances=[])
+        for one, label in zip(images, labels, strict=True):
+            decoded = self.image_processor.decode(one)
+            x_0, sizes = self.image_processor.preprocess(decoded)
+            x_0 = x_0.to(self._execution_device, self.unet.dtype)
+            label = self.normality.classify(self.feature_extractor(x_0))[0] if label is None else label
+            unet_labels = self._unet_labels([label])
+            keep = self._normal_weight(decoded, label, seed) if keep_normal else torch.zeros_like(x_0[:, :1])
+
+            x, intermediates, distances = x_0, [x_0], []
+            with self.progress_bar(total=num_steps) as progress:
+                for step in range(num_steps + 1):
+                    # 1. Distance to good images, and its gradient
+                    with torch.enable_grad():
+                        x = x.detach().requires_grad_()
+                        distance = self.normality.distance(self.feature_extractor(x), [label])
+                        (gradient,) = torch.autograd.grad(distance.mean(), x)
+                    distances.append(float(self._distance_score(distance.detach(), label)))
+                    if distances[-1] <= 0.0 or step == num_steps:
+                        break
+                    # 2. A diffusion step whose noise is the gradient
+                    gradient = gradient * (1 - keep)
+                    x = (1 - step_size**2) ** 0.5 * x.detach() - step_size * gradient / _std(gradient, 1 - keep)
+                    # 3. Denoise now and then
+                    if (step + 1) % denoise_every == 0:
+                        prediction = self.unet(x, t, unet_labels)
+                        x, _, _ = self.scheduler.model_distribution(
+                            prediction.sample, prediction.variance, x, t, respaced=True
+                        )
+                    x = keep * x_0 + (1 - keep) * x.to(x_0.dtype).clamp(-1, 1)
+                    intermediates.append(x)
+                    progress.update()
+            output.images.append(self._paste(decoded, x.detach(), keep, sizes))
+            output.intermediates.append(self.image_processor.to_pil(torch.cat(intermediates).detach()))
+            output.distances.append(np.array(distances, dtype=np.float32))
+        return output
+
+    def _distance_score(self, distance: torch.Tensor, label: int) -> torch.Tensor:
+        """Mahalanobis image score of distances [1, g, g], as scoring gives it."""
+        raw = torch.zeros_like(self.normality.location[[label]], dtype=torch.float32)
+        raw[:, -1:] = F.interpolate(distance[:, None].float(), raw.shape[-2:], mode="bilinear")
+        maps = self.normality.calibrate(raw, [label])
+        return self.normality.image_scores(maps["mahalanobis"], [label], "mahalanobis")[0]
+
+    def _normal_weight(self, image: Image.Image, label: int, seed: int) -> torch.Tensor:
+        """Soft mask [1, 1, S, S] of what is left as it was: 1 where the anomaly map is normal, 0 at defects."""
+        resolution = self.config.resolution
+        found = self(image, class_labels=label, seed=seed)
+        anomalous = torch.from_numpy(found.anomaly_map > self.normality.pixel_threshold(0.05))[None].float()
+        anomalous = F.interpolate(anomalous, (resolution, resolution), mode="nearest")
+        radius = resolution // 32
+        anomalous = F.max_pool2d(anomalous, 2 * radius + 1, stride=1, padding=radius)
+        blur = radius // 2
+        anomalous = F.avg_pool2d(anomalous, 2 * blur + 1, stride=1, padding=blur, count_include_pad=False)
+        return (1 - anomalous).to(self._execution_device, self.unet.dtype)
+
+    def _paste(
+        self, image: Image.Image, x: torch.Tensor, keep: torch.Tensor, sizes: list[tuple[int, int]]
+    ) -> Image.Image:
+        """The restored image at the input's size; kept pixels are the input's own, not resized twice."""
+        restored = self.image_processor.to_pil(x, sizes)[0]
+        weight = Image.fromarray((keep[0, 0].float().cpu().numpy() * 255).round().astype(np.uint8))
+        return Image.composite(image, restored, weight.resize(image.size, Image.Resampling.BILINEAR))
+
+
+def find_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[AnomalyRegion]:
+    """8-connected regions of a mask [H, W], those with the largest peak in the map [H, W] first."""
+    labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    index = range(1, count + 1)
+    areas = ndimage.sum_labels(mask, labelled, index)
+    peaks = ndimage.maximum(anomaly_map, labelled, index)
+    regions = [
+        AnomalyRegion((columns.start, rows.start, columns.stop, rows.stop), int(area), float(peak))
+        for (rows, columns), area, peak in zip(ndimage.find_objects(labelled), areas, peaks, strict=True)
+    ]
+    return sorted(regions, key=lambda region: -region.peak)
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Raises OSError with one sentence if a file of a saved pipeline is missing or damaged."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except FileNotFoundError as error:
+        raise OSError(f"{folder} is no pipeline: it has no model_index.json.") from error
+    except ValueError as error:
+        raise OSError(f"{folder / 'model_index.json'} is damaged: it is not valid JSON ({error}).") from error
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if name == "scheduler":
+            required = folder / name / "scheduler_config.json"
+        else:
+            required = folder / name / "config.json"
+            weights = sorted((folder / name).glob("*.safetensors"))
+            if not weights:
+                raise OSError(f"The pipeline {folder} is incomplete: {name}/ has no .safetensors file.")
+            for path in weights:
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        file.keys()
+                except (SafetensorError, OSError) as error:
+                    raise OSError(f"{path} is damaged and can not be read ({error}).") from error
+        try:
+            json.loads(required.read_text())
+        except FileNotFoundError as error:
+            raise OSError(f"The pipeline {folder} is incomplete: {name}/{required.name} is missing.") from error
+        except ValueError as error:
+            raise OSError(f"{required} is damaged: it is not valid JSON ({error}).") from error
+
+
+def _noise(seed: int, timestep: int, draws: int, like: torch.Tensor) -> torch.Tensor:
+    """Noise [draws, 3, S, S] from the seed and the timestep alone; each second draw mirrors the one before it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
+    noise = torch.randn((draws + 1) // 2, *like.shape[1:], generator=generator)
+    return torch.stack([noise, -noise], dim=1).flatten(0, 1)[:draws].to(like)
+
+
+def _paper_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor) -> dict[str, torch.Tensor]:
+    """RAN's maps [B, S, S]: A = mean over t of alpha z(s_t) + (1 - alpha) s^f_t with the z-score of each image."""
+    z = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
+    error = F.interpolate(error, kl.shape[-2:], mode="bilinear")
+    return {
+        "fused": (0.5 * z + 0.5 * error).mean(1),
+        "pixel": z.mean(1),
+        "feature": error.mean(1),
+        "rgb": rgb.mean(1),
+    }
+
+
+def _std(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of a zero-mean gradient over the pixels that may change."""
+    return (gradient.square().sum() / (weight.sum() * gradient.shape[1])).clamp_min(1e-24).sqrt()
+
+
+def _stack(maps: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+    return np.stack(maps) if len({m.shape for m in maps}) == 1 else maps
+
+
+def _to_tensors(output: RADPipelineOutput) -> RADPipelineOutput:
+    for name, value in list(output.items()):
+        if isinstance(value, np.ndarray):
+            output[name] = torch.from_numpy(value)
+        elif isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+            output[name] = [torch.from_numpy(v) for v in value]
+    return output
