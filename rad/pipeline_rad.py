@@ -51,6 +51,7 @@ class RADPipelineOutput(BaseOutput):
         anomaly_map: The map of the chosen score. In calibrated mode in units of good-image deviation: about 0 on good
             images, 1 a standard deviation above.
         score: [B], one number for each image, likewise.
+        scores: The same for every score type.
         p_value: [B] in (0, 1], how often a good image scores as high; None in paper mode.
         is_anomalous: [B] bool, p_value <= false_alarm_rate; None in paper mode.
         mask: [B, H, W] bool, pixels above the pixel threshold of the same rate; empty for images judged good. None in
@@ -65,6 +66,7 @@ class RADPipelineOutput(BaseOutput):
 
     anomaly_map: np.ndarray | list[np.ndarray]
     score: np.ndarray
+    scores: dict[str, np.ndarray] | None = None
     p_value: np.ndarray | None = None
     is_anomalous: np.ndarray | None = None
     mask: np.ndarray | list[np.ndarray] | None = None
@@ -237,13 +239,14 @@ class RADPipeline(DiffusionPipeline):
                         name: self.normality.image_scores(m, chunk_labels, name) for name, m in maps.items()
                     }
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
-                chunks.append((resized, scores[score_type].float().cpu()))
+                chunks.append((resized, {name: s.float().cpu() for name, s in scores.items()}))
                 sizes += chunk_sizes
                 progress.update(len(x_0))
 
         # 3. Decide
         maps = {name: [m for resized, _ in chunks for m in resized[name]] for name in chunks[0][0]}
-        score = torch.cat([scores for _, scores in chunks])
+        all_scores = {name: torch.cat([scores[name] for _, scores in chunks]) for name in maps}
+        score = all_scores[score_type]
         decision = {}
         if mode == "calibrated":
             p_value = self.normality.p_value(score, score_type)
@@ -261,6 +264,7 @@ class RADPipeline(DiffusionPipeline):
         output = RADPipelineOutput(
             anomaly_map=_stack(maps[score_type]),
             score=score.numpy(),
+            scores={name: s.numpy() for name, s in all_scores.items()},
             category=categories or None,
             **{f"{name}_map": _stack(m) for name, m in maps.items() if name != "fused"},
             **decision,
@@ -336,8 +340,7 @@ class RADPipeline(DiffusionPipeline):
                 both, fold by fold.
             categories, holdout_categories: Category of each image; by default one, "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
-            config: Further arguments of `NormalityModel`, such as `weights` or `gaussian_blocks`; by default those of
-                the present normality model.
+            config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         holdout_images = list(holdout_images or [])
@@ -351,7 +354,7 @@ class RADPipeline(DiffusionPipeline):
         known = sorted(set(names))
         labels = [known.index(name) for name in names]
         if self.normality is not None:
-            kept = ("gaussian_channels", "gaussian_blocks", "weights", "top_k", "timesteps")
+            kept = ("gaussian_channels", "weights", "top_k", "timesteps")
             config = {key: self.normality.config[key] for key in kept} | config
         if timesteps is not None or "timesteps" not in config:
             config["timesteps"] = timesteps or self.scheduler.respaced_to_full([5, 50, 100])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401  diffusers looks for the mixin's name here
 from diffusers.configuration_utils import register_to_config
 
 

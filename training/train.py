@@ -252,7 +252,9 @@ def main(args: argparse.Namespace) -> None:
             categories=[sample.category for sample in train],
             holdout_categories=[sample.category for sample in holdout] or None,
         )
-        pipeline.to(torch.float16).save_pretrained(output_dir)
+        for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
+            model.half()
+        pipeline.save_pretrained(output_dir)
         logger.info(f"Saved the pipeline to {output_dir}.")
     accelerator.end_training()
 

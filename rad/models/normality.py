@@ -177,7 +177,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
             labels: Class label of each, [N].
             raw_maps: KL, feature error and RGB difference maps of the last n images, [n, 3 T, map_size, map_size].
             categories: Their names; each needs at least two scored images.
-            config: Further arguments of the constructor.
+            config: Further arguments of the constructor. By default one category has a covariance at each position,
+                and several share them in 4 x 4 blocks, which keeps the model small.
         """
         label_of = torch.tensor(labels)
         num_scored = len(raw_maps)
@@ -186,10 +187,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
         for category, count in zip(categories, counts, strict=True):
             if count < 2:
                 raise ValueError(f"Category {category!r} has {count} good images to calibrate on; it needs at least 2.")
+        size = features.shape[-1]
+        config = {"gaussian_blocks": size if len(categories) == 1 or size % 4 else size // 4} | config
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
-            feature_size=features.shape[-1],
+            feature_size=size,
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
             pooled=(False,) * len(categories),

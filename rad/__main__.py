@@ -1,0 +1,42 @@
+"""Scores one picture from the command line: `python -m rad part.png --output heatmap.png`."""
+
+import argparse
+import time
+from pathlib import Path
+
+from rad import RADPipeline
+from rad.pipeline_rad import EMBEDDED_MODELS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rad", description=__doc__)
+    parser.add_argument("image", help="The picture to inspect.")
+    parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
+    parser.add_argument("--category", help="What the picture shows; by default the pipeline finds out.")
+    parser.add_argument("--false_alarm_rate", type=float, default=0.01, help="On good parts.")
+    parser.add_argument("--output", default="heatmap.png", help="Where the heatmap over the picture goes.")
+    args = parser.parse_args()
+
+    embedded = args.model in EMBEDDED_MODELS
+    pipeline = RADPipeline.from_embedded(args.model) if embedded else RADPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    start = time.monotonic()
+    output = pipeline(args.image, class_labels=args.category, false_alarm_rate=args.false_alarm_rate)
+    seconds = time.monotonic() - start
+
+    image = pipeline.image_processor.decode(args.image)
+    heat = output.anomaly_map[0]
+    top = max(float(heat.max()), 2 * output.pixel_threshold)
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pipeline.image_processor.overlay(image, heat, vmin=output.pixel_threshold / 2, vmax=top).save(path)
+    verdict = "DEFECT" if output.is_anomalous[0] else "good"
+    print(
+        f"{args.image}: {verdict} ({output.category[0]}, {len(output.regions[0])} regions). Good parts look as odd as "
+        f"this in {output.p_value[0]:.2%} of cases; the alarm is set to {args.false_alarm_rate:.2%}. {seconds:.1f} s."
+    )
+    print(f"Heatmap: {path.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

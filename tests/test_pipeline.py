@@ -1,0 +1,270 @@
+"""What users do with RADPipeline: score, decide, restore, refit, save and load."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import label
+
+from rad import RADPipeline
+from rad.pipeline_rad import find_regions
+
+TIMESTEPS = [20, 201, 401]
+
+
+def maps_of(output):
+    return [output[f"{name}_map"][0] for name in ("anomaly", "pixel", "feature", "mahalanobis", "rgb")]
+
+
+def test_scores_do_not_depend_on_the_batch(pipeline, good_images):
+    alone = pipeline(good_images[1], batch_size=1)
+    batch = pipeline(good_images[:5], batch_size=5)
+    moved = pipeline([good_images[3], good_images[2], good_images[1]], batch_size=2)
+    for position, output in ((1, batch), (2, moved)):
+        np.testing.assert_allclose(alone.score[0], output.score[position], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(alone.anomaly_map[0], output.anomaly_map[position], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(alone.pixel_map[0], output.pixel_map[position], rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(pipeline, good_images):
+    first, second, other = (pipeline(good_images[0], seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.anomaly_map, second.anomaly_map)
+    assert not np.array_equal(first.pixel_map, other.pixel_map)
+    assert np.array_equal(first.mahalanobis_map, other.mahalanobis_map)  # no noise enters it
+
+
+def test_maps_have_the_size_of_each_input(pipeline, good_images):
+    wide = good_images[0].resize((90, 50))
+    output = pipeline([good_images[0], wide])
+    assert [m.shape for m in output.anomaly_map] == [good_images[0].size[::-1], (50, 90)]
+    assert [m.shape for m in output.mask] == [m.shape for m in output.anomaly_map]
+    assert output.anomaly_map[0].dtype == np.float32 and output.mask[0].dtype == bool
+
+
+def test_a_defect_is_found_where_it_is(pipeline, good_images):
+    pixels = np.array(good_images[0])
+    pixels[20:36, 24:40] = [250, 40, 40]
+    output = pipeline(Image.fromarray(pixels))
+    assert output.is_anomalous[0] and output.p_value[0] <= 0.01 and output.score[0] > output.threshold
+    peak = np.unravel_index(output.anomaly_map[0].argmax(), output.anomaly_map[0].shape)
+    assert 12 <= peak[0] < 44 and 16 <= peak[1] < 48
+    left, top, right, bottom = output.regions[0][0].box
+    assert left < 40 and right > 24 and top < 36 and bottom > 20
+    assert output.mask[0].sum() == sum(region.area for region in output.regions[0])
+
+
+def test_good_images_have_no_mask_and_mostly_pass(pipeline, good_images):
+    output = pipeline(good_images, false_alarm_rate=0.05)
+    assert output.is_anomalous.mean() <= 0.3
+    assert not output.mask[~output.is_anomalous].any()
+    assert all(not regions for regions, bad in zip(output.regions, output.is_anomalous, strict=True) if not bad)
+
+
+def test_decision_follows_the_false_alarm_rate(pipeline, good_images):
+    strict, loose = (pipeline(good_images, false_alarm_rate=rate) for rate in (0.001, 0.5))
+    assert strict.threshold > loose.threshold and strict.pixel_threshold > loose.pixel_threshold
+    for output, rate in ((strict, 0.001), (loose, 0.5)):
+        assert np.array_equal(output.is_anomalous, output.p_value <= rate)
+        assert np.array_equal(output.is_anomalous, output.score > output.threshold)
+
+
+@pytest.mark.parametrize("score_type", ["pixel", "feature", "mahalanobis", "rgb"])
+def test_each_score_alone_can_decide(pipeline, good_images, score_type):
+    fused, alone = pipeline(good_images[0]), pipeline(good_images[0], score_type=score_type)
+    assert np.array_equal(alone.anomaly_map, fused[f"{score_type}_map"])
+    assert alone.score[0] == fused.scores[score_type][0]
+
+
+def test_paper_mode_is_ran_to_the_letter(pipeline, good_images):
+    """A = mean over t of alpha z(s_t) + (1 - alpha) s^f_t with per-image z; the score is the mean of the 64 largest."""
+    output = pipeline(good_images[0], mode="paper", num_noise_samples=1)
+    processor, scheduler = pipeline.image_processor, pipeline.scheduler
+    x_0, _ = processor.preprocess(good_images[0])
+    std = pipeline.feature_extractor.channel_std.view(1, -1, 1, 1)
+    expected = torch.zeros_like(x_0[:, 0])
+    with torch.no_grad():
+        features = pipeline.feature_extractor(x_0)
+        for t in TIMESTEPS:
+            noise = torch.randn(1, *x_0.shape[1:], generator=torch.Generator().manual_seed(t))
+            timestep = torch.tensor([t])
+            x_t = scheduler.add_noise(x_0, noise, timestep)
+            predicted = pipeline.unet(x_t, timestep)
+            kl, _ = scheduler.kl_score(x_0, x_t, predicted.sample, predicted.variance, timestep)
+            kl = kl.mean(1)
+            error = ((predicted.features - features) * std).square().mean(1)
+            error = torch.nn.functional.interpolate(error[:, None], x_0.shape[-2:], mode="bilinear")[:, 0]
+            expected += (0.5 * (kl - kl.mean()) / kl.std() + 0.5 * error) / 3
+    np.testing.assert_allclose(output.anomaly_map[0], expected[0].numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(output.score[0], expected.flatten().topk(64).values.mean(), rtol=1e-4)
+    assert output.p_value is None and output.mask is None and output.mahalanobis_map is None
+
+
+def test_antithetic_draws_are_mirrored(pipeline):
+    from rad.pipeline_rad import _noise
+
+    noise = _noise(3, 20, 3, torch.zeros(1, 3, 8, 8))
+    assert torch.equal(noise[1], -noise[0]) and not torch.equal(noise[2], noise[0])
+
+
+def test_categories_are_guessed_and_can_be_named(two_category_pipeline, two_category_images):
+    images, names = two_category_images
+    assert two_category_pipeline(images).category == names
+    output = two_category_pipeline(images[0], class_labels=names[-1])
+    assert output.category == [names[-1]]
+    with pytest.raises(ValueError, match="no category 'bottle'"):
+        two_category_pipeline(images[0], class_labels="bottle")
+
+
+def test_save_and_load_are_bit_exact_and_safetensors_only(pipeline, good_images, tmp_path):
+    before = pipeline(good_images[0])
+    pipeline.save_pretrained(tmp_path)
+    files = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(files) == {".json", ".safetensors"}
+    loaded = RADPipeline.from_pretrained(tmp_path)
+    after = loaded(good_images[0])
+    for first, second in zip(maps_of(before), maps_of(after), strict=True):
+        assert np.array_equal(first, second)
+    assert before.p_value == after.p_value and before.threshold == after.threshold
+
+
+def test_half_precision_files_load_as_float32_and_give_the_same_numbers_again(pipeline, good_images, tmp_path):
+    pipeline.save_pretrained(tmp_path / "full")
+    half = RADPipeline.from_pretrained(tmp_path / "full")
+    for component in (half.unet, half.feature_extractor, half.normality):
+        component.half()
+    half.save_pretrained(tmp_path / "half")
+    loaded = RADPipeline.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
+    loaded.save_pretrained(tmp_path / "again")
+    again = RADPipeline.from_pretrained(tmp_path / "again")
+    assert np.array_equal(loaded(good_images[0]).anomaly_map, again(good_images[0]).anomaly_map)
+
+
+@pytest.mark.parametrize("component", ["unet", "feature_extractor", "normality"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "no config"])
+def test_a_missing_or_damaged_file_is_named(pipeline, tmp_path, component, damage):
+    pipeline.save_pretrained(tmp_path)
+    weights = next((tmp_path / component).glob("*.safetensors"))
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "garbage":
+        weights.write_bytes(b"not a safetensors file")
+    else:
+        (tmp_path / component / "config.json").unlink()
+    with pytest.raises(OSError, match=component) as error:
+        RADPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(OSError, match="model_index.json"):
+        RADPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(OSError, match="not valid JSON"):
+        RADPipeline.from_pretrained(tmp_path)
+
+
+def test_unknown_embedded_model():
+    with pytest.raises(ValueError, match="synthetic, mtd"):
+        RADPipeline.from_embedded("bottle")
+
+
+def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):
+    pipeline = small_pipeline_without_normality
+    with pytest.raises(ValueError, match="fit_normality"):
+        pipeline(good_images[0])
+    pipeline.fit_normality(good_images[:8])
+    assert pipeline(good_images[9]).category == ["object"]
+    pipeline.fit_normality(good_images[:8], categories=["tile"] * 8)
+    assert pipeline(good_images[9]).category == ["tile"]
+    with pytest.raises(ValueError, match="needs at least 2"):
+        pipeline.fit_normality(good_images[:1])
+    with pytest.raises(ValueError, match="categories were given"):
+        pipeline.fit_normality(good_images[:4], categories=["tile"])
+
+
+def test_restoring_lowers_the_distance_and_keeps_the_rest(pipeline, good_images):
+    pixels = np.array(good_images[0])
+    pixels[20:36, 24:40] = [250, 40, 40]
+    image = Image.fromarray(pixels)
+    restored = pipeline.restore(image, num_steps=10)
+    distances = restored.distances[0]
+    assert restored.images[0].size == image.size
+    assert len(restored.intermediates[0]) == len(distances) <= 11
+    assert distances[-1] < distances[0]
+    after = np.asarray(restored.images[0])
+    assert np.array_equal(after[50:, :10], pixels[50:, :10])  # far from the defect nothing changes
+    assert not np.array_equal(after[20:36, 24:40], pixels[20:36, 24:40])
+
+
+def test_restoration_stops_at_once_on_a_typical_good_image(pipeline, good_images):
+    distances = [pipeline.restore(image, num_steps=2).distances[0] for image in good_images[:6]]
+    assert any(len(d) == 1 and d[0] <= 0 for d in distances)
+
+
+def test_restoration_score_is_the_mahalanobis_image_score(pipeline, good_images):
+    restored = pipeline.restore(good_images[2], num_steps=1)
+    expected = pipeline(good_images[2]).scores["mahalanobis"][0]
+    np.testing.assert_allclose(restored.distances[0][0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keep_normal_can_be_turned_off(pipeline, good_images):
+    pixels = np.array(good_images[0])
+    pixels[20:36, 24:40] = [250, 40, 40]
+    restored = pipeline.restore(Image.fromarray(pixels), num_steps=3, keep_normal=False)
+    assert not np.array_equal(np.asarray(restored.images[0])[50:, :10], pixels[50:, :10])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fast"}, "mode must be"),
+        ({"score_type": "l2"}, "score_type must be"),
+        ({"mode": "paper", "score_type": "mahalanobis"}, "in paper mode"),
+        ({"false_alarm_rate": 0.0}, "false_alarm_rate"),
+        ({"false_alarm_rate": 1.5}, "false_alarm_rate"),
+        ({"timesteps": [20]}, "Calibrated scores are fitted to"),
+        ({"mode": "paper", "timesteps": [21]}, "respaced timesteps"),
+        ({"num_noise_samples": 0}, "num_noise_samples"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"class_labels": ["object", "object"]}, "2 class_labels were given for 1 images"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(pipeline, good_images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(good_images[0], **arguments)
+
+
+@pytest.mark.parametrize(("image", "message"), [([], "empty"), (np.full((64, 64, 3), np.nan), "NaN"), (None, "image")])
+def test_bad_images_are_refused(pipeline, image, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(image)
+
+
+def test_tensors_on_request(pipeline, good_images):
+    output = pipeline(good_images[0], output_type="pt")
+    assert isinstance(output.anomaly_map, torch.Tensor) and isinstance(output.score, torch.Tensor)
+
+
+def test_find_regions_agrees_with_the_mask():
+    rng = np.random.default_rng(0)
+    mask, values = rng.random((40, 50)) > 0.8, rng.random((40, 50))
+    regions = find_regions(mask, values)
+    assert len(regions) == label(mask, np.ones((3, 3)))[1]
+    assert [r.peak for r in regions] == sorted((r.peak for r in regions), reverse=True)
+    assert sum(r.area for r in regions) == mask.sum()
+    left, top, right, bottom = regions[0].box
+    assert values[top:bottom, left:right].max() >= regions[0].peak
+    assert find_regions(np.zeros((4, 4), bool), np.zeros((4, 4))) == []
+
+
+def test_model_index_names_our_classes(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == ["rad.models.unet_rad", "RADUNet2DModel"]
+    assert index["resolution"] == 64
