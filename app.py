@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from rad import AnomalyRegion, RADImageProcessor, RADPipeline
+from rad import RADImageProcessor, RADPipeline
 from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS, find_regions
 from rad.visualization import draw_regions
 
@@ -30,63 +30,63 @@ VIEW_SIDE = 1024  # pixels of the longer side of what is shown and kept for redr
 SHOWN_REGIONS = 20
 SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 KEPT_SECONDS = 2700  # with a clean-up every 900 s, an upload is gone within the hour
-SCORES = {
-    "pixel": "Pixel statistics (KL)",
-    "feature": "Feature error",
-    "mahalanobis": "Feature distance (Mahalanobis)",
-    "rgb": "RGB difference (not in the verdict)",
-}
+SCORES = {"pixel": "Pixels (KL)", "feature": "Feature error", "mahalanobis": "Mahalanobis", "rgb": "RGB"}
 
 INTRO = """
 # RAD finds defects, having seen good parts only
 A diffusion model has learned what good parts look like. Give it a picture: it says whether something is wrong,
 where, and what the part would look like without it.
 """
-MAPS_HELP = """
-Each map asks the same question, *how unlike good parts is this spot?*, in another way. **Pixel statistics** (KL
-divergence): does the denoiser expect other pixels here? **Feature error**: does it expect another texture or shape?
-**Feature distance** (Mahalanobis): how far is this spot from good parts' features? The verdict fuses these three.
-**RGB difference**: the plain colour difference to the denoised picture, for comparison.
+SCORES_HELP = """
+Each map asks *how unlike good parts is this spot?* in another way. **Pixels (KL divergence)**: does the denoiser
+expect other pixels here? **Feature error**: does it expect another texture or shape? **Mahalanobis distance**: how far
+are this spot's features from good parts'? The verdict fuses these three. **RGB**: the plain colour difference to the
+denoised picture, for comparison only.
 """
+RESTORE_HELP = """
+What would this part look like without the defect? The picture is moved, step by step, to where good parts are; what
+already looks good stays as it was. Takes a minute or so.
+"""
+LEGEND = """<p class='legend'>Heat: as usual <i></i> far odder than good parts.
+Lines and numbers: the regions that raise the alarm.</p>"""
 NO_VERDICT = "<div class='verdict'><strong>No picture yet</strong><p>Upload one, or pick an example.</p></div>"
 FOOTER = "Pictures stay on this server, are seen by nobody else, and are deleted within an hour."
 
 RATE_HTML = """
-<label for="rate">Alarm on <output id="rate-shown">1 %</output> of good parts</label>
-<input id="rate" type="range" min="0" max="${rates.length - 1}" value="${rates.indexOf(value)}" step="1">
+<label for="rate">Alarm on ${+(100 * value).toPrecision(3)} % of good parts</label>
+<input id="rate" type="range" min="0" max="${rates.length - 1}" value="${rates.indexOf(value)}"
+       aria-valuetext="${+(100 * value).toPrecision(3)} %">
 <div class="ends"><span>fewer false alarms</span><span>fewer missed defects</span></div>
 """
-RATE_JS = """
-const range = element.querySelector("input"), shown = element.querySelector("output");
-const show = () => {
-  shown.textContent = +(100 * props.rates[range.value]).toPrecision(3) + " %";
-  range.setAttribute("aria-valuetext", "alarm on " + shown.textContent + " of good parts");
-};
-show();
-element.addEventListener("input", () => { show(); props.value = props.rates[range.value]; trigger("input"); });
-"""
+RATE_JS = 'element.oninput = event => { props.value = props.rates[event.target.value]; trigger("input"); }'
+SHOW_VERDICT_JS = "() => { document.querySelector('.verdict').scrollIntoView({block: 'nearest'}); return []; }"
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.results { width: 0; min-width: 100%; }  /* wide tables scroll; they do not widen the page */
 .verdict { border-left: .5rem solid var(--border-color-primary); border-radius: .5rem; padding: .75rem 1rem;
            background: var(--block-background-fill); }
+.verdict.bad { border-color: #d1242f; } .verdict.good { border-color: #1a7f37; }
 .verdict strong { font-size: 1.75rem; line-height: 1.2; }
 .verdict p { margin: .35rem 0 0; font-size: 1rem; }
-.verdict .note { color: var(--body-text-color-subdued); font-size: .875rem; }
-.verdict.bad { border-color: #d1242f; }
-.verdict.good { border-color: #1a7f37; }
-.rate label { font-weight: 600; }
-.rate input { width: 100%; accent-color: var(--color-accent); }
-.rate .ends { display: flex; justify-content: space-between; font-size: .8rem;
-              color: var(--body-text-color-subdued); }
-.legend { font-size: .875rem; color: var(--body-text-color-subdued); }
+.rate label { font-weight: 600; } .rate input { width: 100%; accent-color: var(--color-accent); }
+.rate .ends { display: flex; justify-content: space-between; }
+.verdict .note, .rate .ends, .legend { color: var(--body-text-color-subdued); font-size: .875rem; }
 .legend i { display: inline-block; width: 5rem; height: .7rem; border-radius: .2rem; margin: 0 .3rem;
             background: linear-gradient(90deg, #0000, #57106e 25%, #bc3754 55%, #f98e09 80%, #fcffa4); }
 """
 THEME = gr.themes.Soft(
-    primary_hue="cyan",
+    primary_hue="blue",
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    body_background_fill="*neutral_50",
+    body_text_color_subdued="*neutral_600",  # these are darker than Soft's, to be readable
+    block_info_text_color="*neutral_600",
+    block_label_text_color="*primary_700",
+    block_title_text_color="*primary_700",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
 )
 
 
@@ -116,7 +116,7 @@ def one_sentence(action: Callable) -> Callable:
         try:
             return action(*args, **kwargs)
         except (ValueError, OSError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     return wrapped
 
@@ -145,14 +145,14 @@ def describe(
     """
     good = f"A good part looks this odd {odds(p_value, min(10 * num_good, 10_000))}."
     percent = "less than 0.1" if share < 0.001 else f"{100 * share:.2g}"
-    if p_value > rate:
-        kind, title, where = "good", "✓ Looks good", ""
-    elif regions == 0:
-        kind, title, where = "bad", "✕ Defect found", "It is odd as a whole: no single region stands out."
-    else:
-        kind, title = "bad", "✕ Defect found"
+    is_bad = p_value <= rate
+    where = ""
+    if is_bad and regions:
         where = f"{regions} region{'s' * (regions > 1)}, {percent} % of the surface."
-    hint = " Is this the product that the model knows?" if kind == "bad" and share > 0.5 else ""
+    elif is_bad:
+        where = "It is odd as a whole: no single region stands out."
+    kind, title = ("bad", "✕ Defect found") if is_bad else ("good", "✓ Looks good")
+    hint = " Is this the product that the model knows?" if share > 0.5 else ""
     return (
         f"<div class='verdict {kind}' role='status'><strong>{title}</strong><p>{where} {good}{hint}</p>"
         f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures; "
@@ -173,7 +173,7 @@ def check_upload(path: str):
     try:
         image = RADImageProcessor().decode(path)
     except (ValueError, OSError) as error:
-        gr.Warning(str(error), title="This file cannot be inspected")
+        gr.Warning(str(error))
         return None
     return path if Path(path).suffix.lower() in SHOWN_BY_BROWSERS else image
 
@@ -182,7 +182,7 @@ def check_upload(path: str):
 def inspect(path: str | None, model: str, category: str, rate: float, progress=gr.Progress()):  # noqa: B008
     """Scores a picture; returns what `redraw` returns, after the state and followed by a picture of each score."""
     if path is None:
-        raise gr.Error("Upload a picture first, or pick an example.", title="No picture", print_exception=False)
+        raise gr.Error("Upload a picture first, or pick an example.", print_exception=False)
     progress(0.0, desc="Loading the model")
     pipe = load(model)
     progress(0.2, desc="Reading the picture")
@@ -213,21 +213,22 @@ def redraw(inspection: Inspection | None, rate: float):
     """Verdict, heat, mask and regions at a false-alarm rate, from the kept map: no model runs."""
     if inspection is None:
         return [gr.skip()] * 4
-    rate, pipe, anomaly_map = float(rate), load(inspection.model), inspection.map.astype(np.float32)
+    if not 0 < float(rate) < 1:
+        raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
+    rate, zoom = float(rate), inspection.zoom
+    pipe, anomaly_map = load(inspection.model), inspection.map.astype(np.float32)
     is_anomalous = inspection.p_value <= rate
     mask = (anomaly_map > pipe.normality.pixel_threshold(rate)) & is_anomalous
     regions = find_regions(mask, anomaly_map)
-    verdict = describe(
-        inspection.p_value,
-        rate,
-        len(regions),
-        mask.mean(),
-        inspection.category,
-        pipe.normality.config.num_scores,
-    )
     shown = regions[:SHOWN_REGIONS]
     heated = draw_regions(heat(pipe, inspection.view, anomaly_map), mask, shown)
-    table = [row(number, region, inspection.zoom) for number, region in enumerate(shown, start=1)]
+    table = []
+    for number, region in enumerate(shown, start=1):
+        left, top, right, bottom = (round(zoom * side) for side in region.box)
+        box = f"{left}, {top}", f"{right - left} x {bottom - top}"
+        table.append([number, *box, round(zoom**2 * region.area), round(region.peak, 1)])
+    num_good = pipe.normality.config.num_scores
+    verdict = describe(inspection.p_value, rate, len(regions), mask.mean(), inspection.category, num_good)
     return verdict, heated, Image.fromarray(mask), table
 
 
@@ -237,16 +238,11 @@ def heat(pipe: RADPipeline, image: Image.Image, map: np.ndarray, score_type: str
     return pipe.image_processor.overlay(image, map, vmin=low, vmax=2 * middle - low)
 
 
-def row(number: int, region: AnomalyRegion, zoom: float) -> list:
-    left, top, right, bottom = (round(zoom * side) for side in region.box)
-    return [number, f"{left}, {top}", f"{right - left} x {bottom - top}", round(zoom**2 * region.area), region.peak]
-
-
 @one_sentence
 def restore(inspection: Inspection | None, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
     """The picture beside its good version, how far it was and is from good parts in words, and at each step."""
     if inspection is None:
-        raise gr.Error("Inspect a picture first.", title="No picture", print_exception=False)
+        raise gr.Error("Inspect a picture first.", print_exception=False)
     pipe = load(inspection.model)
     pipe.set_progress_bar_config(desc="Moving the picture towards good parts")
     restored = pipe.restore(inspection.view, class_labels=inspection.category)
@@ -291,6 +287,14 @@ def build_demo() -> gr.Blocks:
                 # Handlers give this component values only: an update such as gr.skip() makes Gradio build it anew.
                 image.preprocess = lambda file: file and file.path
                 button = gr.Button("Inspect", variant="primary", size="lg")
+                if examples:
+                    pick = gr.Dataset(
+                        components=[gr.Image(visible=False)],
+                        samples=[[path] for path in examples],
+                        type="index",
+                        label="Or pick an example, good or bad",
+                        samples_per_page=24,
+                    )
                 model = gr.Dropdown([(MODEL_NAMES.get(name, name), name) for name in models], label="Model")
                 category = gr.Dropdown([AUTO], label="Product", info="Which good parts to compare with.")
             with gr.Column(scale=3, min_width=320):
@@ -303,32 +307,38 @@ def build_demo() -> gr.Blocks:
                     elem_classes="rate",
                     rates=RATES,
                 )
-                with gr.Tabs():
+                with gr.Tabs(visible=False, elem_classes="results") as tabs:
                     with gr.Tab("Where"):
-                        heated = gr.Image(label="Heat over the picture", alt_text="The picture with odd areas outlined")
-                        gr.HTML(
-                            "<p class='legend'>Heat: as usual <i></i> far odder than good parts. Lines and numbers: "
-                            "the regions that raise the alarm.</p>"
+                        heated = gr.Image(
+                            label="Heat over the picture",
+                            alt_text="The picture with odd areas outlined",
+                            buttons=["fullscreen", "download"],
                         )
+                        gr.HTML(LEGEND)
                         table = gr.Dataframe(
                             headers=["No.", "left, top", "size", "area", "peak"],
                             datatype=["number", "str", "str", "number", "number"],
                             label="Regions, in pixels; peak in deviations of good parts",
                             interactive=False,
+                            column_widths=["14%", "23%", "25%", "19%", "19%"],
                             wrap=True,
                         )
                     with gr.Tab("Mask"):
-                        mask = gr.Image(label="Mask", alt_text="Defective pixels in white", format="png")
-                    with gr.Tab("Each score alone"):
-                        gr.Markdown(MAPS_HELP)
-                        each = gr.Gallery(label="Heat of each score", columns=2, buttons=["fullscreen"])
-                    with gr.Tab("Good version"):
-                        gr.Markdown(
-                            "What would this part look like without the defect? The picture is moved, step by step, "
-                            "to where good parts are; what already looks good stays as it was. Takes a minute or so."
+                        mask = gr.Image(
+                            label="Mask",
+                            alt_text="Defective pixels in white",
+                            format="png",
+                            buttons=["fullscreen", "download"],
                         )
+                    with gr.Tab("Scores"):
+                        gr.Markdown(SCORES_HELP)
+                        each = gr.Gallery(
+                            label="Heat of each score alone", columns=2, height="auto", buttons=["fullscreen"]
+                        )
+                    with gr.Tab("Good version"):
+                        gr.Markdown(RESTORE_HELP)
                         restore_button = gr.Button("Show a good version")
-                        slider = gr.ImageSlider(label="Left: your picture. Right: its good version", format="png")
+                        slider = gr.ImageSlider(label="Yours | good version", format="png")
                         words = gr.Markdown()
                         curve = gr.LinePlot(x="step", y="distance", label="Distance to good parts", height=200)
         gr.Markdown(FOOTER, elem_classes="legend")
@@ -348,30 +358,34 @@ def build_demo() -> gr.Blocks:
         )
         inspected = [button.click(**inspection, api_name="inspect")]
         if examples:
-            gallery = gr.Dataset(
-                components=[gr.Image(visible=False)],
-                samples=[[path] for path in examples],
-                type="index",
-                label="Or pick an example, good or bad",
-                samples_per_page=24,
-            )
-            picked = gallery.click(
+            picked = pick.click(
                 lambda index: (examples[index], EXAMPLES_MODEL, AUTO),
-                gallery,
+                pick,
                 [image, model, category],
                 api_visibility="private",
             )
             inspected.append(picked.success(**inspection, api_visibility="private"))
         for done in inspected:
-            done.success(lambda: (None, "", None), outputs=[slider, words, curve], api_visibility="private")
+            done.success(
+                lambda: (gr.Tabs(visible=True), None, "", None),
+                outputs=[tabs, slider, words, curve],
+                api_visibility="private",
+                js=SHOW_VERDICT_JS,
+            )
         rate.input(
             redraw, [state, rate], results, api_name="redraw", trigger_mode="always_last", show_progress="hidden"
         )
         restore_button.click(
-            restore, state, [slider, words, curve], api_name="restore", concurrency_id="model", concurrency_limit=1
+            restore,
+            state,
+            [slider, words, curve],
+            api_name="restore",
+            show_progress_on=slider,
+            concurrency_id="model",
+            concurrency_limit=1,
         )
     return demo
 
 
 if __name__ == "__main__":
-    build_demo().queue().launch(theme=THEME, css=CSS, max_file_size="100mb", footer_links=["api", "settings"])
+    build_demo().queue().launch(theme=THEME, css=CSS, max_file_size="100mb", footer_links=["api"])

@@ -1,4 +1,4 @@
-"""RADPipeline: find defects with a diffusion model that has seen good parts only, and show what a good part looks like.
+"""RADPipeline: find defects with a diffusion model that has seen good parts only, and show a good version.
 
 RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et al., ICCV 2023).
 """
@@ -57,8 +57,9 @@ class RADPipelineOutput(BaseOutput):
         mask: [B, H, W] bool, pixels above the pixel threshold of the same rate; empty for images judged good. None in
             paper mode.
         regions: For each image the connected regions of its mask, largest peak first; None in paper mode.
-        pixel_map, feature_map, mahalanobis_map, rgb_map: Each score alone: KL, feature error, Mahalanobis distance (None
-            in paper mode, RAN has none) and the RGB difference that RAN compares with.
+        pixel_map, feature_map, residual_map, mahalanobis_map, rgb_map: Each score alone: KL, feature error,
+            Mahalanobis distance of the feature residual and of the features (both None in paper mode, RAN has
+            neither), and the RGB difference that RAN compares with.
         category: The category whose normality was used, for each image.
         threshold: The image score at which false_alarm_rate lies; None in paper mode.
         pixel_threshold: The map value at which it lies; None in paper mode.
@@ -73,6 +74,7 @@ class RADPipelineOutput(BaseOutput):
     regions: list[list[AnomalyRegion]] | None = None
     pixel_map: np.ndarray | list[np.ndarray] | None = None
     feature_map: np.ndarray | list[np.ndarray] | None = None
+    residual_map: np.ndarray | list[np.ndarray] | None = None
     mahalanobis_map: np.ndarray | list[np.ndarray] | None = None
     rgb_map: np.ndarray | list[np.ndarray] | None = None
     category: list[str] | None = None
@@ -118,12 +120,10 @@ class RADPipeline(DiffusionPipeline):
         feature_extractor: RADFeatureExtractor,
         normality: NormalityModel | None = None,
         resolution: int = 256,
-        num_noise_samples: int = 2,
+        num_noise_samples: int = 1,
     ):
         super().__init__()
-        self.register_modules(
-            unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, normality=normality
-        )
+        self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, normality=normality)
         self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
         self.image_processor = RADImageProcessor(resolution)
 
@@ -142,7 +142,7 @@ class RADPipeline(DiffusionPipeline):
 
     @classmethod
     def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> "RADPipeline":
-        """One of the pipelines that come with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
+        """A pipeline that comes with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
         if name not in EMBEDDED_MODELS:
             raise ValueError(f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {name!r}.")
         return cls.from_pretrained(EMBEDDED_DIR / name, **kwargs)
@@ -174,9 +174,10 @@ class RADPipeline(DiffusionPipeline):
             num_noise_samples: Noise draws at each timestep, in antithetic pairs.
             class_labels: Category of each image, or one for all, by name or number; by default the category whose good
                 images each one resembles most.
-            mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distance fused) or
+            mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distances fused) or
                 "paper" (RAN to the letter: per-image z-scores, alpha = 0.5, no smoothing).
-            score_type: Which map decides: "fused", "pixel" (KL), "feature", "mahalanobis" or "rgb".
+            score_type: Which map decides: "fused", "pixel" (KL), "feature" (error), "residual" (Mahalanobis distance
+                of what the prediction of features leaves), "mahalanobis" (of the features) or "rgb".
             false_alarm_rate: Share of good images that may be called anomalous.
             seed: Of the noise.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
@@ -188,8 +189,8 @@ class RADPipeline(DiffusionPipeline):
         # 0. Check inputs
         if mode not in ("calibrated", "paper"):
             raise ValueError(f"mode must be 'calibrated' or 'paper', got {mode!r}.")
-        if score_type not in SCORE_TYPES or (mode == "paper" and score_type == "mahalanobis"):
-            accepted = [name for name in SCORE_TYPES if mode == "calibrated" or name != "mahalanobis"]
+        accepted = SCORE_TYPES if mode == "calibrated" else ("fused", "pixel", "feature", "rgb")
+        if score_type not in accepted:
             raise ValueError(f"score_type must be one of {', '.join(accepted)} in {mode} mode, got {score_type!r}.")
         if not 0 < false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}.")
@@ -225,19 +226,20 @@ class RADPipeline(DiffusionPipeline):
                     guesses = self.normality.classify(features)
                     chunk_labels = [g if n is None else n for n, g in zip(chunk_labels, guesses, strict=True)]
                     categories += [self.normality.config.categories[label] for label in chunk_labels]
-                kl, error, rgb = self.raw_scores(
+                kl, error, rgb, residuals = self.raw_scores(
                     x_0, features, self._unet_labels(chunk_labels), timesteps, num_noise_samples, seed, mode == "paper"
                 )
                 if mode == "paper":
                     maps = _paper_maps(kl, error, rgb)
                     scores = {name: m.flatten(1).topk(64).values.mean(1) for name, m in maps.items()}
                 else:
-                    distance = self.normality.distance(features, chunk_labels)
-                    raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, distance)
+                    distances = (
+                        self.normality.distance(residuals, chunk_labels, residual=True),
+                        self.normality.distance(features, chunk_labels),
+                    )
+                    raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, *distances)
                     maps = self.normality.calibrate(raw, chunk_labels)
-                    scores = {
-                        name: self.normality.image_scores(m, chunk_labels, name) for name, m in maps.items()
-                    }
+                    scores = {name: self.normality.image_scores(m, chunk_labels, name) for name, m in maps.items()}
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
                 chunks.append((resized, {name: s.float().cpu() for name, s in scores.items()}))
                 sizes += chunk_sizes
@@ -280,8 +282,8 @@ class RADPipeline(DiffusionPipeline):
         num_noise_samples: int | None = None,
         seed: int = 0,
         raw_channels: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """RAN's two scores and the RGB difference, all timesteps and noise draws in one pass of the U-Net.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """RAN's two scores, the RGB difference and the feature residual: one pass of the U-Net for all timesteps.
 
         Args:
             x_0: Images [B, 3, S, S] in [-1, 1].
@@ -291,7 +293,8 @@ class RADPipeline(DiffusionPipeline):
 
         Returns:
             KL in bits, mean over colour channels [B, T, S, S]; squared feature error, mean over channels
-            [B, T, g, g]; |x0_hat - x_0|, mean over colour channels [B, T, S, S]. Each averaged over noise draws.
+            [B, T, g, g]; |x0_hat - x_0|, mean over colour channels [B, T, S, S], each averaged over noise draws; and
+            the features less their prediction, averaged over timesteps and draws [B, C, g, g].
         """
         draws = self.config.num_noise_samples if num_noise_samples is None else num_noise_samples
         if draws < 1:
@@ -307,7 +310,8 @@ class RADPipeline(DiffusionPipeline):
         output = self.unet(x_t, t, unet_labels)
         kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
 
-        squared = (output.features.float().unflatten(0, (len(features), -1)) - features.float()[:, None]).square()
+        residuals = features.float()[:, None] - output.features.float().unflatten(0, (len(features), -1))
+        squared = residuals.square()
         if raw_channels:
             squared = squared * self.feature_extractor.channel_std.float().square().view(-1, 1, 1)
         error = squared.mean(2).unflatten(1, (len(timesteps), draws)).mean(2)
@@ -315,7 +319,7 @@ class RADPipeline(DiffusionPipeline):
             m.mean(1).unflatten(0, (len(features), len(timesteps), draws)).mean(2)
             for m in (kl, (x0_hat - x_0.float()).abs())
         )
-        return kl, error, rgb
+        return kl, error, rgb, residuals.mean(1)
 
     # -- normality ------------------------------------------------------------------------------------------------
 
@@ -336,16 +340,14 @@ class RADPipeline(DiffusionPipeline):
         Args:
             images: Good images, at least two for each category.
             holdout_images: Good images that the network was not trained on. When given, the score statistics and the
-                thresholds come from them alone, and `images` serve the Gaussian of features; otherwise `images` serve
-                both, fold by fold.
+                thresholds come from them alone, and `images` serve the Gaussians only; otherwise `images` serve both,
+                fold by fold.
             categories, holdout_categories: Category of each image; by default one, "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
             config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         holdout_images = list(holdout_images or [])
-        scored_images = holdout_images or images
-        gaussian_only = images if holdout_images else []
         names = list(categories or ["object"] * len(images)) + list(
             holdout_categories or ["object"] * len(holdout_images)
         )
@@ -361,23 +363,27 @@ class RADPipeline(DiffusionPipeline):
         config["timesteps"] = list(config["timesteps"])
         map_size = self.config.resolution // 4  # RAN's 64 x 64
 
-        features, raw_maps = [], []
-        with self.progress_bar(total=len(gaussian_only) + len(scored_images)) as progress:
-            for start in range(0, len(gaussian_only), batch_size):
-                x_0, _ = self.image_processor.preprocess(gaussian_only[start : start + batch_size])
-                features.append(self.feature_extractor(x_0.to(self._execution_device, self.unet.dtype)).half())
-                progress.update(len(x_0))
-            for start in range(0, len(scored_images), batch_size):
-                x_0, _ = self.image_processor.preprocess(scored_images[start : start + batch_size])
+        features, residuals, raw_maps = [], [], []
+        everything = images + holdout_images
+        with self.progress_bar(total=len(everything)) as progress:
+            for start in range(0, len(everything), batch_size):
+                x_0, _ = self.image_processor.preprocess(everything[start : start + batch_size])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
                 f = self.feature_extractor(x_0)
-                first = len(gaussian_only) + start
-                unet_labels = self._unet_labels_of_names(names[first : first + len(x_0)])
-                scores = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
+                unet_labels = self._unet_labels_of_names(names[start : start + batch_size])
+                kl, error, rgb, residual = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
                 features.append(f.half())
-                raw_maps.append(stack_raw_maps(*scores, map_size))
+                residuals.append(residual.half())
+                raw_maps.append(stack_raw_maps(kl, error, rgb, map_size))
                 progress.update(len(x_0))
-        normality = NormalityModel.fit(torch.cat(features), labels, torch.cat(raw_maps), known, **config)
+        normality = NormalityModel.fit(
+            torch.cat(features),
+            torch.cat(residuals),
+            labels,
+            torch.cat(raw_maps)[len(images) if holdout_images else 0 :],
+            known,
+            **config,
+        )
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
 

@@ -110,7 +110,7 @@ class RADScheduler(DDPMScheduler):
     # -- tables ---------------------------------------------------------------------------------------------------
 
     def respaced_to_full(self, indices: list[int]) -> list[int]:
-        """The steps of the full chain that steps `indices` of the respaced chain stand for: [5, 50, 100] -> [20, 201, 401]."""
+        """Steps of the full chain that respaced steps stand for: [5, 50, 100] -> [20, 201, 401]."""
         return [int(self.respaced_chain.timesteps[i]) for i in indices]
 
     def _chain(self, timesteps: torch.Tensor, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:

@@ -17,7 +17,7 @@ def draw_regions(image: Image.Image, mask: np.ndarray, regions: list[AnomalyRegi
     for color, reach in ((RIM, 2 * width), (OUTLINE, width)):
         image.paste(color, mask=ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(2 * reach + 1)), inside))
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(max(12, max(image.size) // 32))
+    font = ImageFont.load_default(max(14, max(image.size) // 24))
     for number, region in enumerate(regions, start=1):
         left, top, _, _ = region.box
         position = (left, max(0, top - font.size - 3 * width))

@@ -15,7 +15,7 @@ TIMESTEPS = [20, 201, 401]
 
 
 def maps_of(output):
-    return [output[f"{name}_map"][0] for name in ("anomaly", "pixel", "feature", "mahalanobis", "rgb")]
+    return [output[f"{name}_map"][0] for name in ("anomaly", "pixel", "feature", "residual", "mahalanobis", "rgb")]
 
 
 def test_scores_do_not_depend_on_the_batch(pipeline, good_images):
@@ -70,7 +70,7 @@ def test_decision_follows_the_false_alarm_rate(pipeline, good_images):
         assert np.array_equal(output.is_anomalous, output.score > output.threshold)
 
 
-@pytest.mark.parametrize("score_type", ["pixel", "feature", "mahalanobis", "rgb"])
+@pytest.mark.parametrize("score_type", ["pixel", "feature", "residual", "mahalanobis", "rgb"])
 def test_each_score_alone_can_decide(pipeline, good_images, score_type):
     fused, alone = pipeline(good_images[0]), pipeline(good_images[0], score_type=score_type)
     assert np.array_equal(alone.anomaly_map, fused[f"{score_type}_map"])
@@ -78,7 +78,7 @@ def test_each_score_alone_can_decide(pipeline, good_images, score_type):
 
 
 def test_paper_mode_is_ran_to_the_letter(pipeline, good_images):
-    """A = mean over t of alpha z(s_t) + (1 - alpha) s^f_t with per-image z; the score is the mean of the 64 largest."""
+    """A = mean over t of alpha z(s_t) + (1 - alpha) s^f_t with per-image z; score: mean of the 64 largest."""
     output = pipeline(good_images[0], mode="paper", num_noise_samples=1)
     processor, scheduler = pipeline.image_processor, pipeline.scheduler
     x_0, _ = processor.preprocess(good_images[0])

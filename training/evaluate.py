@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures a pipeline on a data set: image AUROC, pixel AUROC, pixel AP and AUPRO (FPR <= 0.3) of each score.
 
-    accelerate launch training/evaluate.py --model mtd --data_dir MTD --dataset_format mtd
+accelerate launch training/evaluate.py --model mtd --data_dir MTD --dataset_format mtd
 """
 
 import argparse
@@ -33,9 +33,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
     parser.add_argument("--mode", default="calibrated", choices=("calibrated", "paper"))
     parser.add_argument("--infer_category", action="store_true", help="Let the pipeline guess each category.")
-    parser.add_argument("--pasted_defects", type=int, default=0, metavar="N", help=(
-        "Measure on N good training images, each also with a pasted synthetic defect, and leave the test set alone: "
-        "for choosing settings."))
+    parser.add_argument(
+        "--pasted_defects",
+        type=int,
+        default=0,
+        metavar="N",
+        help=(
+            "Measure on N good training images, each also with a pasted defect, and leave the test set alone: "
+            "for choosing settings."
+        ),
+    )
     parser.add_argument("--num_noise_samples", type=int)
     parser.add_argument("--false_alarm_rate", type=float, default=0.01)
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
@@ -55,7 +62,11 @@ def load_pipeline(name: str) -> RADPipeline:
 
 def evenly(count: int, limit: int | None) -> list[int]:
     """At most `limit` of `count` positions, evenly spread."""
-    return list(range(count)) if limit is None or limit >= count else np.linspace(0, count - 1, limit).round().astype(int).tolist()
+    return (
+        list(range(count))
+        if limit is None or limit >= count
+        else np.linspace(0, count - 1, limit).round().astype(int).tolist()
+    )
 
 
 def load_test_images(args: argparse.Namespace, pipeline: RADPipeline) -> list[dict]:
@@ -64,7 +75,13 @@ def load_test_images(args: argparse.Namespace, pipeline: RADPipeline) -> list[di
     if not args.pasted_defects:
         dataset = load_dataset(args.data_dir, args.dataset_format, "test", args.category)
         return [
-            {"image": s.image, "mask": dataset.mask(i, size), "label": s.label, "category": s.category, "defect": s.defect}
+            {
+                "image": s.image,
+                "mask": dataset.mask(i, size),
+                "label": s.label,
+                "category": s.category,
+                "defect": s.defect,
+            }
             for i in evenly(len(dataset), args.max_test_samples)
             for s in [dataset[i]]
         ]
@@ -77,11 +94,15 @@ def load_test_images(args: argparse.Namespace, pipeline: RADPipeline) -> list[di
         mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         common = {"category": dataset[i].category}
         images.append({"image": good, "mask": np.zeros(size, bool), "label": 0, "defect": "good", **common})
-        images.append({"image": Image.fromarray(bad), "mask": mask if mask.any() else None, "label": 1, "defect": kind, **common})
+        images.append(
+            {"image": Image.fromarray(bad), "mask": mask if mask.any() else None, "label": 1, "defect": kind, **common}
+        )
     return images
 
 
-def score_images(args: argparse.Namespace, pipeline: RADPipeline, images: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+def score_images(
+    args: argparse.Namespace, pipeline: RADPipeline, images: list[dict]
+) -> dict[str, dict[str, np.ndarray]]:
     """Maps [N, map_size, map_size] and scores [N] of each score type, and the decisions."""
     pipeline.set_progress_bar_config(disable=True)
     known = [] if pipeline.normality is None else pipeline.normality.config.categories
@@ -179,7 +200,9 @@ def measure_restoration(args: argparse.Namespace, pipeline: RADPipeline, images:
 def to_markdown(results: dict) -> str:
     """One row for each score, means over categories; for several categories then those of the fused score."""
     lines = ["| score | image AUROC | pixel AUROC | pixel AP | AUPRO |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | " + " | ".join(f"{rows['mean'][m]:.3f}" for m in METRICS) + " |" for name, rows in results.items()]
+    lines += [
+        f"| {name} | " + " | ".join(f"{rows['mean'][m]:.3f}" for m in METRICS) + " |" for name, rows in results.items()
+    ]
     fused = {name: row for name, row in results["fused"].items() if name != "mean"}
     if len(fused) > 1:
         lines += ["", "| category (fused) | image AUROC | pixel AUROC | pixel AP | AUPRO |", "|---|---|---|---|---|"]

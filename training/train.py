@@ -137,14 +137,15 @@ def main(args: argparse.Namespace) -> None:
     )
     labels = torch.tensor([categories.index(sample.category) for sample in train])
     loader = DataLoader(
-        TensorDataset(images, labels), batch_size=args.train_batch_size, shuffle=True, drop_last=len(train) >= args.train_batch_size
+        TensorDataset(images, labels),
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=len(train) >= args.train_batch_size,
     )
 
     # 2. Models
     extractor = load_extractor(args).to(accelerator.device)
-    extractor.calibrate(
-        (images[i : i + 16].to(accelerator.device) / 127.5 - 1) for i in range(0, len(images), 16)
-    )
+    extractor.calibrate((images[i : i + 16].to(accelerator.device) / 127.5 - 1) for i in range(0, len(images), 16))
     scheduler = RADScheduler()
     num_classes = len(categories) if len(categories) > 1 else 0
     unet = RADUNet2DModel.from_named_config(
@@ -225,7 +226,9 @@ def main(args: argparse.Namespace) -> None:
             losses = torch.stack([noise_loss, bound_loss, feature_loss]).detach()
             averages = losses if averages is None else 0.98 * averages + 0.02 * losses
             noise_average, bound_average, feature_average = averages.tolist()
-            progress.set_postfix(noise=f"{noise_average:.4f}", vlb=f"{bound_average:.3f}", feat=f"{feature_average:.4f}")
+            progress.set_postfix(
+                noise=f"{noise_average:.4f}", vlb=f"{bound_average:.3f}", feat=f"{feature_average:.4f}"
+            )
             progress.update()
             if step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, step)

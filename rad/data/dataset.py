@@ -1,4 +1,4 @@
-"""One protocol for every data set: images with a label, a category, a kind of defect and, where there is one, a mask."""
+"""One protocol for every data set: images with a label, a category, a kind of defect and, if there is one, a mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

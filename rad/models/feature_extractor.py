@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import nn
 
 
 class RADFeatureExtractor(ModelMixin, ConfigMixin):
@@ -57,7 +56,8 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
             )
         except Exception as error:  # timm raises whatever its hub client raises: requests, httpx, hub or OS errors
             raise OSError(
-                f"The ImageNet weights of timm's {backbone!r} are not in the cache and can not be downloaded ({error}). "
+                f"The ImageNet weights of timm's {backbone!r} are not in the cache and can not be downloaded "
+                f"({error}). "
                 "Without a network, start from an embedded pipeline's extractor (backbone 'tf_efficientnet_lite0')."
             ) from error
         extractor.load_network(pretrained.state_dict())

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-SCORE_TYPES = ("fused", "pixel", "feature", "mahalanobis", "rgb")
+SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb")
+FUSED = ("pixel", "feature", "residual", "mahalanobis")
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
 NUM_FOLDS = 5
 
@@ -15,22 +16,24 @@ class NormalityModel(ModelMixin, ConfigMixin):
     """Statistics of good images, fitted by `NormalityModel.fit` and saved with the pipeline.
 
     For every category it holds
-    - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021): means at each
-      position, covariances shared by square blocks of positions, or by all positions for objects that move;
-    - location and deviation of every raw score map at each position (KL, feature error and RGB difference at each
-      timestep, Mahalanobis distance), so that a score says how far from good images this one lies;
+    - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021), and one of the
+      residuals that the network's prediction of those features leaves: means at each position, covariances shared by
+      square blocks of positions, or by all positions for objects that move;
+    - location and deviation of every raw score map (log KL, feature error and log RGB difference at each timestep and
+      position, the two Mahalanobis distances), so that a score says how far from good images this one lies;
     - the scores of held-out good images, from which p-values and thresholds with a stated false-alarm rate follow.
 
     Args:
         categories: Names of the categories, in the order of the class labels.
         timesteps: Steps of the full chain at which maps are scored.
-        feature_channels, feature_size: Channels and side of the extractor's grid.
+        feature_channels: Channels of the extractor.
+        gaussian_size: Side of the Gaussians' grid; features are averaged down to it.
         gaussian_channels: Features are projected to this many orthonormal directions.
-        gaussian_blocks: Covariances per side of the grid: `feature_size` is one at each position, 1 one for all.
+        gaussian_blocks: Covariances per side of the grid: `gaussian_size` is one at each position, 1 one for all.
         map_size: Side of the grid of calibrated maps.
-        weights: Of the KL, feature and Mahalanobis maps in the fused one.
+        weights: Of the KL, feature error, residual and Mahalanobis maps in the fused one.
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
-        num_scores, num_category_scores: Held-out good images in all, and of each category.
+        num_scores: Held-out good images in all.
         pooled: For each category, whether one Gaussian serves all positions.
     """
 
@@ -40,23 +43,23 @@ class NormalityModel(ModelMixin, ConfigMixin):
         categories: tuple[str, ...] = ("object",),
         timesteps: tuple[int, ...] = (20, 201, 401),
         feature_channels: int = 192,
-        feature_size: int = 32,
-        gaussian_channels: int = 80,
-        gaussian_blocks: int = 32,
+        gaussian_size: int = 16,
+        gaussian_channels: int = 104,
+        gaussian_blocks: int = 16,
         map_size: int = 64,
-        weights: tuple[float, float, float] = (0.1, 0.3, 0.6),
+        weights: tuple[float, float, float, float] = (0.1, 0.2, 0.3, 0.4),
         top_k: int = 64,
         num_scores: int = 1,
         pooled: tuple[bool, ...] = (False,),
     ):
         super().__init__()
-        num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 1, gaussian_channels
+        num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2, gaussian_channels
         self.register_buffer("projection", torch.zeros(feature_channels, channels))
-        self.register_buffer("mean", torch.zeros(num_categories, channels, feature_size, feature_size))
+        # Two Gaussians of each category: 0 of features, 1 of residuals
+        self.register_buffer("mean", torch.zeros(2, num_categories, channels, gaussian_size, gaussian_size))
         # Lower triangle of the inverse Cholesky factor W of each covariance: |W (f - mean)| is the distance
-        self.register_buffer(
-            "whitening", torch.zeros(num_categories, gaussian_blocks**2, channels * (channels + 1) // 2)
-        )
+        triangle = channels * (channels + 1) // 2
+        self.register_buffer("whitening", torch.zeros(2, num_categories, gaussian_blocks**2, triangle))
         self.register_buffer("category_mean", torch.zeros(num_categories, channels))
         self.register_buffer("category_std", torch.ones(num_categories, channels))
         self.register_buffer("location", torch.zeros(num_categories, num_maps, map_size, map_size))
@@ -67,32 +70,34 @@ class NormalityModel(ModelMixin, ConfigMixin):
         self.register_buffer("good_scores", torch.zeros(len(SCORE_TYPES), num_scores))  # sorted, standardised
         self.register_buffer("pixel_quantiles", torch.zeros(len(SCORE_TYPES), len(TAIL)))
 
-    # -- Gaussian of features -------------------------------------------------------------------------------------
+    # -- Gaussians ------------------------------------------------------------------------------------------------
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, feature_channels, g, g] in the Gaussian's directions, [B, gaussian_channels, g, g]."""
-        return torch.einsum("bchw,cp->bphw", features.float(), self.projection.float())
+        """Features [B, feature_channels, h, w] on the Gaussians' grid and directions, [B, gaussian_channels, g, g]."""
+        features = F.adaptive_avg_pool2d(features.float(), self.config.gaussian_size)
+        return torch.einsum("bchw,cp->bphw", features, self.projection.float())
 
-    def distance(self, features: torch.Tensor, labels: list[int]) -> torch.Tensor:
-        """Mahalanobis distance of features to good ones of their category at every position; differentiable.
+    def distance(self, features: torch.Tensor, labels: list[int], residual: bool = False) -> torch.Tensor:
+        """Mahalanobis distance to good images of the same category at every position; differentiable.
 
         Args:
-            features: The extractor's, [B, feature_channels, g, g].
+            features: The extractor's, or the residuals of their prediction, [B, feature_channels, h, w].
             labels: Class label of each image.
+            residual: Whether they are residuals.
 
         Returns:
             Distances [B, g, g]; about sqrt(gaussian_channels) on good images.
         """
-        residuals = self.project(features) - self.mean[labels].float()
-        whitening = {label: self._unpack(label) for label in set(labels)}
-        return torch.stack([_distance(r, whitening[label]) for r, label in zip(residuals, labels, strict=True)])
+        deviations = self.project(features) - self.mean[int(residual), labels].float()
+        whitening = {label: self._unpack(label, residual) for label in set(labels)}
+        return torch.stack([_distance(d, whitening[label]) for d, label in zip(deviations, labels, strict=True)])
 
-    def _unpack(self, label: int) -> torch.Tensor:
+    def _unpack(self, label: int, residual: bool) -> torch.Tensor:
         """Whitening matrices [gaussian_blocks ** 2, P, P] of a category."""
-        channels = self.config.gaussian_channels
-        matrix = torch.zeros(self.whitening.shape[1], channels, channels, device=self.whitening.device)
+        channels, packed = self.config.gaussian_channels, self.whitening[int(residual), label].float()
+        matrix = packed.new_zeros(len(packed), channels, channels)
         rows, columns = torch.tril_indices(channels, channels)
-        matrix[:, rows, columns] = self.whitening[label].float()
+        matrix[:, rows, columns] = packed
         return matrix
 
     def classify(self, features: torch.Tensor) -> list[int]:
@@ -108,14 +113,14 @@ class NormalityModel(ModelMixin, ConfigMixin):
         """Calibrated maps of each type [B, map_size, map_size], in units of good-image deviation.
 
         Args:
-            raw_maps: From `stack_raw_maps`, [B, 3 T + 1, map_size, map_size].
+            raw_maps: From `stack_raw_maps`, [B, 3 T + 2, map_size, map_size].
             labels: Class label of each image.
         """
         z = (raw_maps - self.location[labels].float()) / self.scale[labels].float()
         return _combine(z, self.map_scale[labels].float(), self.config.weights)
 
     def image_scores(self, maps: torch.Tensor, labels: list[int], score_type: str = "fused") -> torch.Tensor:
-        """Image scores [B]: mean of the largest values of each map, in units of the deviation of good images' scores."""
+        """Image scores [B]: mean of the largest values of each map, in units of good images' deviation."""
         column = SCORE_TYPES.index(score_type)
         location, scale = self.score_location[labels, column].float(), self.score_scale[labels, column].float()
         return (_top_k_mean(maps, self.config.top_k) - location) / scale
@@ -161,6 +166,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
     def fit(
         cls,
         features: torch.Tensor,
+        residuals: torch.Tensor,
         labels: list[int],
         raw_maps: torch.Tensor,
         categories: list[str],
@@ -168,17 +174,19 @@ class NormalityModel(ModelMixin, ConfigMixin):
     ) -> "NormalityModel":
         """Fits on good images; every score that enters a threshold is held out.
 
-        The images are those of the Gaussian; the last len(raw_maps) of them are also scored. Those are split into
-        folds: the Gaussian and the deviations that score a fold never saw it. When the scored images were kept
-        from the network's training as well, their scores are those of fresh images.
+        All images serve the Gaussians; the last len(raw_maps) of them are also scored. Those are split into folds:
+        the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from the
+        network's training as well, their scores are those of fresh images.
 
         Args:
-            features: The extractor's on all good images, [N, feature_channels, g, g], any float type.
+            features: The extractor's on all good images, [N, feature_channels, h, w], any float type.
+            residuals: What their prediction leaves, likewise.
             labels: Class label of each, [N].
             raw_maps: KL, feature error and RGB difference maps of the last n images, [n, 3 T, map_size, map_size].
             categories: Their names; each needs at least two scored images.
-            config: Further arguments of the constructor. By default one category has a covariance at each position,
-                and several share them in 4 x 4 blocks, which keeps the model small.
+            config: Further arguments of the constructor. By default the Gaussians' grid has half the features' side;
+                one category has a covariance at each of its positions, several share them in 2 x 2 blocks and have
+                fewer directions, which keeps the model small.
         """
         label_of = torch.tensor(labels)
         num_scored = len(raw_maps)
@@ -186,23 +194,29 @@ class NormalityModel(ModelMixin, ConfigMixin):
         counts = torch.bincount(scored_labels, minlength=len(categories)).tolist()
         for category, count in zip(categories, counts, strict=True):
             if count < 2:
-                raise ValueError(f"Category {category!r} has {count} good images to calibrate on; it needs at least 2.")
-        size = features.shape[-1]
-        config = {"gaussian_blocks": size if len(categories) == 1 or size % 4 else size // 4} | config
+                raise ValueError(
+                    f"Category {category!r} has {count} good images to calibrate on; it needs at least 2."
+                )
+        size = features.shape[-1] // 2
+        several = len(categories) > 1
+        defaults = {"gaussian_blocks": size // 2 if several else size, "gaussian_channels": 64 if several else 104}
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
-            feature_size=size,
+            gaussian_size=size,
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
             pooled=(False,) * len(categories),
-            **config,
+            **defaults | config,
         ).to(raw_maps.device)
         # A fixed random orthonormal basis: it keeps directions of small variance, which principal components lose
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
         model.projection.copy_(basis[:, : model.config.gaussian_channels])
-        projected = torch.cat([model.project(chunk) for chunk in features.split(64)])
+        projected = torch.stack(
+            [torch.cat([model.project(chunk) for chunk in x.split(64)]) for x in (features, residuals)]
+        )
+        blocks, rows_columns = model.config.gaussian_blocks, tuple(torch.tril_indices(*[projected.shape[2]] * 2))
 
         maps = {name: torch.empty(num_scored, *raw_maps.shape[-2:], device=raw_maps.device) for name in SCORE_TYPES}
         pooled = []
@@ -212,30 +226,33 @@ class NormalityModel(ModelMixin, ConfigMixin):
             fold_of_scored = torch.arange(len(scored)) % min(NUM_FOLDS, len(scored))
             fold = torch.full((len(members),), -1)
             fold[len(members) - len(scored) :] = fold_of_scored
-            x = projected[members]
+            x = projected[:, members]
 
-            # 1. Held-out distances under either Gaussian; the likelier one describes the category
+            # 1. Held-out distances under either kind of Gaussian; the likelier kind describes the category
             distances, energies = {}, {}
             for shared in (False, True):
-                distances[shared] = torch.empty(len(scored), *x.shape[-2:], device=x.device)
+                distances[shared] = x.new_empty(len(scored), 2, *x.shape[-2:])
                 energies[shared] = 0.0
                 for k in fold_of_scored.unique():
-                    mean, whitening = _fit_gaussian(x[fold != k], model.config.gaussian_blocks, shared)
-                    held_out = torch.stack([_distance(r, whitening) for r in x[fold == k] - mean])
-                    distances[shared][fold_of_scored == k] = held_out
-                    log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
-                    energies[shared] += float(held_out.square().mean() + log_det) * len(held_out)
+                    for kind in (0, 1):
+                        mean, whitening = _fit_gaussian(x[kind, fold != k], blocks, shared)
+                        held_out = torch.stack([_distance(d, whitening) for d in x[kind, fold == k] - mean])
+                        distances[shared][fold_of_scored == k, kind] = held_out
+                        log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
+                        energies[shared] += float(held_out.square().mean() + log_det) * len(held_out)
             pooled.append(energies[True] < energies[False])
-            mean, whitening = _fit_gaussian(x, model.config.gaussian_blocks, pooled[-1])
-            rows, columns = torch.tril_indices(x.shape[1], x.shape[1])
-            model.mean[label] = mean
-            model.whitening[label] = whitening[:, rows, columns]
-            average = x.mean((2, 3))
+            for kind in (0, 1):
+                mean, whitening = _fit_gaussian(x[kind], blocks, pooled[-1])
+                model.mean[kind, label] = mean
+                model.whitening[kind, label] = whitening[(slice(None), *rows_columns)]
+            average = x[0].mean((2, 3))
             model.category_mean[label] = average.mean(0)
             model.category_std[label] = average.std(0).clamp_min(1e-3)
 
             # 2. Location and deviation of every map, held out fold by fold for the scores
-            raw = torch.cat([raw_maps[scored].float(), _resize(distances[pooled[-1]], model.config.map_size)], dim=1)
+            feature_distance, residual_distance = distances[pooled[-1]].split(1, dim=1)
+            distance_maps = [_resize(d, model.config.map_size) for d in (residual_distance, feature_distance)]
+            raw = torch.cat([raw_maps[scored].float(), *distance_maps], dim=1)
             z = torch.empty_like(raw)
             for k in fold_of_scored.unique():
                 location, scale = _fit_deviation(raw[fold_of_scored != k])
@@ -243,13 +260,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
             model.location[label], model.scale[label] = _fit_deviation(raw)
 
             # 3. Unit deviation for each combined map, first the parts, then the fused one
-            ones = torch.ones(1, len(SCORE_TYPES), device=raw.device)
-            parts = _combine(z, ones, model.config.weights)
-            map_scale = torch.stack([parts[name].std() for name in SCORE_TYPES])
-            map_scale[0] = 1.0
-            map_scale[0] = _combine(z, map_scale[None], model.config.weights)["fused"].std()
-            model.map_scale[label] = map_scale
-            combined = _combine(z, map_scale[None], model.config.weights)
+            map_scale = raw.new_ones(1, len(SCORE_TYPES))
+            parts = _combine(z, map_scale, model.config.weights)
+            map_scale[0, 1:] = torch.stack([parts[name].std() for name in SCORE_TYPES[1:]])
+            map_scale[0, 0] = _combine(z, map_scale, model.config.weights)["fused"].std()
+            model.map_scale[label] = map_scale[0]
+            combined = _combine(z, map_scale, model.config.weights)
             for column, name in enumerate(SCORE_TYPES):
                 maps[name][scored] = combined[name]
                 scores = _top_k_mean(combined[name], model.config.top_k)
@@ -268,20 +284,18 @@ class NormalityModel(ModelMixin, ConfigMixin):
         return model
 
 
-def stack_raw_maps(
-    kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, distance: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Raw score maps on one grid, [B, 3 T (+ 1), size, size].
+def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *distances) -> torch.Tensor:
+    """Raw score maps on one grid, [B, 3 T (+ 2), size, size].
+
+    KL and RGB difference are averaged down, then their logs taken: both are positive with a long tail.
 
     Args:
         kl, rgb: [B, T, H, W].
-        error: [B, T, g, g].
-        distance: [B, g, g], left out while fitting.
+        error: [B, T, h, w].
+        distances: Of the residuals and of the features, each [B, g, g]; left out while fitting.
     """
-    maps = [_resize(kl, size), _resize(error, size), _resize(rgb, size)]
-    if distance is not None:
-        maps.append(_resize(distance, size))
-    return torch.cat(maps, dim=1)
+    kl, rgb = (_resize(m, size).clamp_min(1e-6).log() for m in (kl, rgb))
+    return torch.cat([kl, _resize(error, size), rgb, *(_resize(d, size) for d in distances)], dim=1)
 
 
 def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
@@ -293,13 +307,13 @@ def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _combine(z: torch.Tensor, map_scale: torch.Tensor, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
-    """Means over timesteps of deviations z [B, 3 T + 1, h, w] and their weighted sum, each divided by its own scale."""
-    num_timesteps = (z.shape[1] - 1) // 3
-    pixel, feature, rgb, mahalanobis = (part.mean(1) for part in z.split([num_timesteps] * 3 + [1], dim=1))
-    maps = {"pixel": pixel, "feature": feature, "mahalanobis": mahalanobis, "rgb": rgb}
+    """Means over timesteps of deviations z [B, 3 T + 2, h, w], and their weighted sum, each in its own scale."""
+    num_timesteps = (z.shape[1] - 2) // 3
+    names = ("pixel", "feature", "rgb", "residual", "mahalanobis")
+    parts = z.split([num_timesteps] * 3 + [1, 1], dim=1)
     scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(SCORE_TYPES)}
-    maps = {name: values / scale[name] for name, values in maps.items()}
-    fused = sum(w * maps[name] for w, name in zip(weights, ("pixel", "feature", "mahalanobis"), strict=True))
+    maps = {name: part.mean(1) / scale[name] for name, part in zip(names, parts, strict=True)}
+    fused = sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True))
     return {"fused": fused / scale["fused"], **maps}
 
 
@@ -307,12 +321,12 @@ def _top_k_mean(maps: torch.Tensor, k: int) -> torch.Tensor:
     return maps.flatten(1).topk(min(k, maps[0].numel()), dim=1).values.mean(1)
 
 
-def _distance(residual: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
-    """Norm of whitened residuals [P, g, g] under blocks of matrices [b * b, P, P]: [g, g]."""
-    channels, size = residual.shape[0], residual.shape[-1]
+def _distance(deviation: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
+    """Norm of whitened deviations [P, g, g] from the mean, under blocks of matrices [b * b, P, P]: [g, g]."""
+    channels, size = deviation.shape[0], deviation.shape[-1]
     blocks = int(round(len(whitening) ** 0.5))
     side = size // blocks
-    x = residual.view(channels, blocks, side, blocks, side).permute(1, 3, 0, 2, 4).reshape(blocks**2, channels, -1)
+    x = deviation.reshape(channels, blocks, side, blocks, side).permute(1, 3, 0, 2, 4).reshape(blocks**2, channels, -1)
     squares = (whitening @ x).square().sum(1).view(blocks, blocks, side, side)
     return squares.permute(0, 2, 1, 3).reshape(size, size).clamp_min(1e-12).sqrt()
 
@@ -342,10 +356,13 @@ def _fit_deviation(raw: torch.Tensor, prior: float = 10.0) -> tuple[torch.Tensor
     """Location and deviation at every position of maps [N, M, h, w], each [M, h, w].
 
     Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
-    `prior` images: few images say little of any one position.
+    `prior` images: few images say little of any one position. The distances, the last two maps, are in units of each
+    position's deviation already: one location and deviation serves all of theirs.
     """
     count = len(raw)
     moments = torch.stack([raw.mean(0), raw.square().mean(0)])
+    everywhere = moments.mean((-2, -1), keepdim=True).expand_as(moments)
     moments = F.avg_pool2d(moments, 3, stride=1, padding=1, count_include_pad=False)
-    location, square = (count * moments + prior * moments.mean((-2, -1), keepdim=True)) / (count + prior)
+    location, square = (count * moments + prior * everywhere) / (count + prior)
+    location[-2:], square[-2:] = everywhere[0, -2:], everywhere[1, -2:]
     return location, (square - location.square()).clamp_min(1e-12).sqrt()

@@ -70,7 +70,9 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         num_decoder_blocks = len(up_block_types) * (layers_per_block + 1)
         if not -num_decoder_blocks <= feature_block < num_decoder_blocks:
-            raise ValueError(f"feature_block must name one of {num_decoder_blocks} decoder blocks, got {feature_block}.")
+            raise ValueError(
+                f"feature_block must name one of {num_decoder_blocks} decoder blocks, got {feature_block}."
+            )
         self.unet = UNet2DModel(
             sample_size=sample_size // patch_size,
             in_channels=in_channels * patch_size**2,
@@ -144,8 +146,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
             attentions = getattr(block, "attentions", [None] * len(block.resnets))
             for resnet, attention in zip(block.resnets, attentions, strict=True):
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
-                if self.training and block.gradient_checkpointing:
-                    hidden = torch.utils.checkpoint.checkpoint(resnet, hidden, emb, use_reentrant=False)
+                if torch.is_grad_enabled() and block.gradient_checkpointing:
+                    hidden = block._gradient_checkpointing_func(resnet, hidden, emb)
                 else:
                     hidden = resnet(hidden, emb)
                 if attention is not None:

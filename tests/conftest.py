@@ -1,0 +1,82 @@
+"""Small real pipelines with random weights, fitted to crops of photographs. Shared: a test must not change them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from rad import RADFeatureExtractor, RADPipeline, RADScheduler, RADUNet2DModel
+from rad.pipeline_rad import EMBEDDED_DIR
+
+RESOLUTION = 64
+
+
+def texture(name: str, seed: int) -> Image.Image:
+    """A random crop of one of scikit-image's photographs, slightly tinted, RGB, 64 x 64."""
+    rng = np.random.default_rng(seed)
+    photograph = Image.fromarray(getattr(data, name)())
+    left, top = (int(x) for x in rng.integers(0, 512 - 2 * RESOLUTION, 2))
+    crop = photograph.resize((RESOLUTION, RESOLUTION), box=(left, top, left + 2 * RESOLUTION, top + 2 * RESOLUTION))
+    pixels = np.asarray(crop, np.float32)[..., None] * [1.0, 0.9, 0.8] * rng.uniform(0.95, 1.05)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADPipeline:
+    """A pipeline with random weights that knows no good images yet; its extractor is calibrated as in training."""
+    torch.manual_seed(0)
+    extractor = RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
+    unet = RADUNet2DModel(
+        sample_size=RESOLUTION,
+        block_out_channels=(32, 32, 32),
+        attention_head_dim=8,
+        norm_num_groups=8,
+        feature_channels=extractor.num_channels,
+        categories=categories,
+    ).eval()
+    pipeline = RADPipeline(unet, RADScheduler(), extractor, resolution=RESOLUTION)
+    pipeline.set_progress_bar_config(disable=True)
+    extractor.calibrate([pipeline.image_processor.preprocess(images)[0]])
+    return pipeline
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def good_images() -> list[Image.Image]:
+    return [texture("brick", seed) for seed in range(12)]
+
+
+@pytest.fixture(scope="session")
+def two_category_images() -> tuple[list[Image.Image], list[str]]:
+    """Good images of two categories and the category of each."""
+    names = ["brick"] * 6 + ["gravel"] * 6
+    return [texture(name, seed) for seed, name in enumerate(names)], names
+
+
+@pytest.fixture(scope="session")
+def pipeline(good_images) -> RADPipeline:
+    pipeline = new_pipeline((), good_images)
+    pipeline.fit_normality(good_images, gaussian_channels=16)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def two_category_pipeline(two_category_images) -> RADPipeline:
+    images, names = two_category_images
+    pipeline = new_pipeline(("brick", "gravel"), images)
+    pipeline.fit_normality(images, categories=names, gaussian_channels=16)
+    return pipeline
+
+
+@pytest.fixture
+def small_pipeline_without_normality(good_images) -> RADPipeline:
+    """A fresh pipeline, the test's own to change."""
+    return new_pipeline((), good_images)

@@ -1,0 +1,62 @@
+"""The embedded checkpoints: what works with no network, out of the box."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rad import RADPipeline
+from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS
+
+EXAMPLES = sorted((EMBEDDED_DIR / "examples").glob("*.png"))
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    pipeline = RADPipeline.from_embedded("synthetic")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_size_and_card(name):
+    folder = EMBEDDED_DIR / name
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+    assert sum(path.stat().st_size for path in files) <= 24 * MEGABYTE
+    assert (folder / "normality" / "diffusion_pytorch_model.safetensors").stat().st_size <= 10 * MEGABYTE
+    card = (folder / "README.md").read_text()
+    assert "accelerate launch training/train.py" in card and "--seed" in card and "AUPRO" in card
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_examples_are_judged_right(synthetic, path):
+    category, kind = path.stem.rsplit("_", 1)
+    output = synthetic(path)
+    assert output.category == [category]
+    assert output.is_anomalous[0] == (kind != "good")
+    assert bool(output.regions[0]) == (kind != "good")
+
+
+def test_mtd_model_finds_a_blot_on_a_plain_tile():
+    pipeline = RADPipeline.from_embedded("mtd")
+    tile = Image.fromarray(np.random.default_rng(0).normal(110, 3, (200, 160)).clip(0, 255).astype(np.uint8))
+    blot = tile.copy()
+    blot.paste(10, (60, 80, 90, 110))
+    clean, spoiled = pipeline(tile), pipeline(blot)
+    assert spoiled.score[0] > clean.score[0] and spoiled.is_anomalous[0]
+    row, column = np.unravel_index((spoiled.anomaly_map[0] - clean.anomaly_map[0]).argmax(), (200, 160))
+    assert 60 <= row <= 130 and 40 <= column <= 110
+
+
+def test_command_line_scores_a_picture(tmp_path):
+    bad = next(path for path in EXAMPLES if not path.stem.endswith("good"))
+    command = [sys.executable, "-m", "rad", str(bad), "--output", str(tmp_path / "out" / "heatmap.png")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "DEFECT" in result.stdout and str(tmp_path / "out" / "heatmap.png") in result.stdout
+    assert Image.open(tmp_path / "out" / "heatmap.png").size == Image.open(bad).size
