@@ -10,6 +10,7 @@ SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb")
 FUSED = ("pixel", "feature", "residual", "mahalanobis")
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
 NUM_FOLDS = 5
+PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 
 
 class NormalityModel(ModelMixin, ConfigMixin):
@@ -334,8 +335,8 @@ def _distance(deviation: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
 def _fit_gaussian(x: torch.Tensor, blocks: int, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Means [P, g, g] and whitening matrices [blocks ** 2, P, P] of features [N, P, g, g].
 
-    RAN adds 0.01 I to each covariance. Covariances of few images are also drawn towards the pooled one, which counts
-    as much as `P` observations.
+    RAN adds 0.01 I to each covariance. Each is also drawn towards the mean of all, which counts as much as
+    `PRIOR_IMAGES` images.
     """
     count, channels, size, _ = x.shape
     side = size // blocks
@@ -345,24 +346,24 @@ def _fit_gaussian(x: torch.Tensor, blocks: int, pooled: bool) -> tuple[torch.Ten
     residuals = residuals.permute(2, 4, 1, 0, 3, 5).reshape(blocks**2, channels, -1)
     covariance = residuals @ residuals.transpose(1, 2) / residuals.shape[-1]
     shared = covariance.mean(0, keepdim=True)
-    observations = 0 if pooled else residuals.shape[-1]
-    covariance = (observations * covariance + channels * shared) / (observations + channels)
+    own = 0 if pooled else count
+    covariance = (own * covariance + PRIOR_IMAGES * shared) / (own + PRIOR_IMAGES)
     covariance = covariance.double().cpu().numpy() + 0.01 * np.eye(channels)
     whitening = np.linalg.inv(np.linalg.cholesky(covariance))
     return mean.contiguous(), torch.from_numpy(whitening).float().to(x.device)
 
 
-def _fit_deviation(raw: torch.Tensor, prior: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_deviation(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Location and deviation at every position of maps [N, M, h, w], each [M, h, w].
 
     Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
-    `prior` images: few images say little of any one position. The distances, the last two maps, are in units of each
-    position's deviation already: one location and deviation serves all of theirs.
+    `PRIOR_IMAGES` images: few images say little of any one position. The distances, the last two maps, are in units of
+    each position's deviation already: one location and deviation serves all of theirs.
     """
     count = len(raw)
     moments = torch.stack([raw.mean(0), raw.square().mean(0)])
     everywhere = moments.mean((-2, -1), keepdim=True).expand_as(moments)
     moments = F.avg_pool2d(moments, 3, stride=1, padding=1, count_include_pad=False)
-    location, square = (count * moments + prior * everywhere) / (count + prior)
+    location, square = (count * moments + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
     location[-2:], square[-2:] = everywhere[0, -2:], everywhere[1, -2:]
     return location, (square - location.square()).clamp_min(1e-12).sqrt()
