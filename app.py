@@ -30,7 +30,13 @@ VIEW_SIDE = 1024  # pixels of the longer side of what is shown and kept for redr
 SHOWN_REGIONS = 20
 SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 KEPT_SECONDS = 2700  # with a clean-up every 900 s, an upload is gone within the hour
-SCORES = {"pixel": "Pixels (KL)", "feature": "Feature error", "mahalanobis": "Mahalanobis", "rgb": "RGB"}
+SCORES = {
+    "pixel": "Pixels (KL)",
+    "feature": "Feature error",
+    "residual": "Feature residual",
+    "mahalanobis": "Mahalanobis",
+    "rgb": "RGB",
+}
 
 INTRO = """
 # RAD finds defects, having seen good parts only
@@ -39,9 +45,10 @@ where, and what the part would look like without it.
 """
 SCORES_HELP = """
 Each map asks *how unlike good parts is this spot?* in another way. **Pixels (KL divergence)**: does the denoiser
-expect other pixels here? **Feature error**: does it expect another texture or shape? **Mahalanobis distance**: how far
-are this spot's features from good parts'? The verdict fuses these three. **RGB**: the plain colour difference to the
-denoised picture, for comparison only.
+expect other pixels here? **Feature error**: does it expect another texture or shape? **Feature residual**: is that
+error unlike the errors on good parts, all channels together? **Mahalanobis distance**: how far are this spot's
+features from good parts'? The verdict fuses these four. **RGB**: the plain colour difference to the denoised picture,
+for comparison only.
 """
 RESTORE_HELP = """
 What would this part look like without the defect? The picture is moved, step by step, to where good parts are; what

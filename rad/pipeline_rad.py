@@ -234,12 +234,12 @@ class RADPipeline(DiffusionPipeline):
                     scores = {name: m.flatten(1).topk(64).values.mean(1) for name, m in maps.items()}
                 else:
                     distances = (
-                        self.normality.distance(residuals, chunk_labels, residual=True),
+                        self.normality.distance(residuals, chunk_labels, "residual"),
                         self.normality.distance(features, chunk_labels),
                     )
                     raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, *distances)
                     maps = self.normality.calibrate(raw, chunk_labels)
-                    scores = {name: self.normality.image_scores(m, chunk_labels, name) for name, m in maps.items()}
+                    scores = {name: self.normality.image_scores(maps, chunk_labels, name) for name in maps}
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
                 chunks.append((resized, {name: s.float().cpu() for name, s in scores.items()}))
                 sizes += chunk_sizes
@@ -356,7 +356,7 @@ class RADPipeline(DiffusionPipeline):
         known = sorted(set(names))
         labels = [known.index(name) for name in names]
         if self.normality is not None:
-            kept = ("gaussian_channels", "weights", "top_k", "timesteps")
+            kept = ("weights", "image_weights", "context", "top_k", "timesteps")
             config = {key: self.normality.config[key] for key in kept} | config
         if timesteps is not None or "timesteps" not in config:
             config["timesteps"] = timesteps or self.scheduler.respaced_to_full([5, 50, 100])
@@ -499,7 +499,7 @@ class RADPipeline(DiffusionPipeline):
         raw = torch.zeros_like(self.normality.location[[label]], dtype=torch.float32)
         raw[:, -1:] = F.interpolate(distance[:, None].float(), raw.shape[-2:], mode="bilinear")
         maps = self.normality.calibrate(raw, [label])
-        return self.normality.image_scores(maps["mahalanobis"], [label], "mahalanobis")[0]
+        return self.normality.image_scores(maps, [label], "mahalanobis")[0]
 
     def _normal_weight(self, image: Image.Image, label: int, seed: int) -> torch.Tensor:
         """Soft mask [1, 1, S, S] of what is left as it was: 1 where the anomaly map is normal, 0 at defects."""

@@ -8,70 +8,83 @@ import torch.nn.functional as F
 from rad import NormalityModel
 from rad.models.normality import SCORE_TYPES, stack_raw_maps
 
-CHANNELS, GRID, DIRECTIONS, MAP, TIMESTEPS = 6, 4, 4, 8, (20, 201)
+CHANNELS, SIDE, GRID, DIRECTIONS, MAP, TIMESTEPS = 6, 8, 4, 4, 8, (20, 201)
 CONFIG = {"gaussian_channels": DIRECTIONS, "timesteps": TIMESTEPS, "top_k": 8}
 COUNT = 100
 
 
 class GoodImages:
-    """Draws of good images: features and raw maps whose mean and deviation differ from position to position."""
+    """Draws of good images: features, residuals and raw maps with a mean and a deviation at each position."""
 
     def __init__(self, seed: int, offset: float = 0.0):
         self.rng = np.random.default_rng(seed)
-        mixing = np.random.default_rng(7).standard_normal((CHANNELS, CHANNELS)) / CHANNELS**0.5 + np.eye(CHANNELS)
         layout = np.random.default_rng(8)
-        self.mixing = mixing
-        self.mean = layout.normal(offset, 3.0, (CHANNELS, GRID, GRID))
+        self.mixing = layout.standard_normal((2, CHANNELS, CHANNELS)) / CHANNELS**0.5 + np.eye(CHANNELS)
+        self.mean = layout.normal(offset, 3.0, (CHANNELS, SIDE, SIDE))
         self.location = layout.uniform(1, 5, (3 * len(TIMESTEPS), MAP, MAP))
         self.deviation = layout.uniform(0.5, 1.5, (3 * len(TIMESTEPS), MAP, MAP))
 
+    def _draw(self, count: int, mixing: np.ndarray) -> np.ndarray:
+        return np.einsum("cd,ndhw->nchw", mixing, 2 * self.rng.standard_normal((count, CHANNELS, SIDE, SIDE)))
+
     def features(self, count: int) -> torch.Tensor:
-        noise = self.rng.standard_normal((count, CHANNELS, GRID, GRID))
-        return torch.from_numpy(np.einsum("cd,ndhw->nchw", self.mixing, noise) + self.mean).float()
+        return torch.from_numpy(self._draw(count, self.mixing[0]) + self.mean).float()
+
+    def residuals(self, count: int) -> torch.Tensor:
+        return torch.from_numpy(self._draw(count, self.mixing[1]) + 0.2 * self.mean).float()
 
     def raw_maps(self, count: int) -> torch.Tensor:
         noise = self.rng.standard_normal((count, *self.location.shape))
         return torch.from_numpy(self.location + self.deviation * noise).float()
 
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.features(count), self.residuals(count), self.raw_maps(count)
 
-def score(model: NormalityModel, features: torch.Tensor, raw_maps: torch.Tensor, label: int = 0):
+
+def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **config) -> NormalityModel:
+    labels = [0] * len(features) if labels is None else labels
+    return NormalityModel.fit(features, residuals, labels, raw_maps, list(categories), **CONFIG | config)
+
+
+def score(model: NormalityModel, features, residuals, raw_maps, label: int = 0):
     """Calibrated maps and image scores of each type, as the pipeline makes them."""
     labels = [label] * len(features)
-    distance = model.distance(features, labels)[:, None]
-    distance = F.interpolate(distance, (MAP, MAP), mode="bilinear")
-    maps = model.calibrate(torch.cat([raw_maps, distance], dim=1), labels)
+    distances = [model.distance(residuals, labels, residual=True), model.distance(features, labels)]
+    distances = F.interpolate(torch.stack(distances, dim=1), (MAP, MAP), mode="bilinear")
+    maps = model.calibrate(torch.cat([raw_maps, distances], dim=1), labels)
     return maps, {name: model.image_scores(values, labels, name) for name, values in maps.items()}
 
 
 @pytest.fixture(scope="module")
-def good() -> GoodImages:
-    return GoodImages(seed=0)
-
-
-@pytest.fixture(scope="module")
-def fitted_on(good) -> tuple[torch.Tensor, torch.Tensor]:
-    return good.features(COUNT), good.raw_maps(COUNT)
+def fitted_on() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return GoodImages(seed=0).draw(COUNT)
 
 
 @pytest.fixture(scope="module")
 def model(fitted_on) -> NormalityModel:
-    return NormalityModel.fit(fitted_on[0], [0] * COUNT, fitted_on[1], ["tile"], **CONFIG)
+    return fit(*fitted_on)
 
 
 @pytest.fixture(scope="module")
 def fresh(model) -> tuple[dict, dict]:
     """Maps and scores of 500 good images that the model has not seen."""
-    images = GoodImages(seed=1)
-    return score(model, images.features(500), images.raw_maps(500))
+    return score(model, *GoodImages(seed=1).draw(500))
 
 
-# Gaussian of features
+# Gaussians
+
+
+def projected(model: NormalityModel, features: torch.Tensor) -> np.ndarray:
+    """Features averaged over the cells of the Gaussians' grid, in their directions, [N, P, g, g], float64."""
+    x = features.detach().double().numpy()
+    cells = x.reshape(len(x), CHANNELS, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((3, 5))
+    return np.einsum("nchw,cp->nphw", cells, model.projection.double().numpy())
 
 
 def shrunk_covariances(x: np.ndarray, blocks: int) -> np.ndarray:
     """Covariances [blocks, blocks, P, P] of features [N, P, g, g], loop by loop.
 
-    Residuals of all positions of a block; their mean over blocks counts as P more observations; 0.01 I is added.
+    The mean over all blocks counts as ten more images; 0.01 I is added.
     """
     count, channels, size, _ = x.shape
     side = size // blocks
@@ -83,44 +96,42 @@ def shrunk_covariances(x: np.ndarray, blocks: int) -> np.ndarray:
                 for column in range(j * side, (j + 1) * side):
                     for residual in residuals[:, :, row, column]:
                         covariances[i, j] += np.outer(residual, residual) / (count * side**2)
-    shared = covariances.mean((0, 1))
-    weight = count * side**2
-    return (weight * covariances + channels * shared) / (weight + channels) + 0.01 * np.eye(channels)
+    return (count * covariances + 10 * covariances.mean((0, 1))) / (count + 10) + 0.01 * np.eye(channels)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("blocks", [4, 2, 1])
-def test_distance_is_mahalanobis_and_so_is_its_gradient(good, fitted_on, blocks):
-    features, raw_maps = fitted_on[0][:30], fitted_on[1][:30]
-    model = NormalityModel.fit(features, [0] * 30, raw_maps, ["tile"], gaussian_blocks=blocks, **CONFIG)
+def test_distance_is_mahalanobis_and_so_is_its_gradient(fitted_on, blocks, residual):
+    draws = [x[:30] for x in fitted_on]
+    model = fit(*draws, gaussian_blocks=blocks)
     assert list(model.config.pooled) == [False]
-    basis = model.projection.double().numpy()
-    x = np.einsum("nchw,cp->nphw", features.double().numpy(), basis)
+    x = projected(model, draws[int(residual)])
     covariances = shrunk_covariances(x, blocks)
 
-    fresh = good.features(3).requires_grad_()
-    distance = model.distance(fresh, [0, 0, 0])
+    fresh = GoodImages(seed=2).draw(3)[int(residual)].requires_grad_()
+    distance = model.distance(fresh, [0, 0, 0], residual=residual)
     distance.sum().backward()
-    residuals = np.einsum("nchw,cp->nphw", fresh.detach().double().numpy(), basis) - x.mean(0)
+    deviations = projected(model, fresh) - x.mean(0)
+    basis = model.projection.double().numpy()
     for n, row, column in np.ndindex(3, GRID, GRID):
-        residual = residuals[n, :, row, column]
-        solved = np.linalg.solve(covariances[row * blocks // GRID, column * blocks // GRID], residual)
-        expected = np.sqrt(residual @ solved)
+        deviation = deviations[n, :, row, column]
+        solved = np.linalg.solve(covariances[row * blocks // GRID, column * blocks // GRID], deviation)
+        expected = np.sqrt(deviation @ solved)
         assert distance[n, row, column].item() == pytest.approx(expected, rel=1e-3)
-        np.testing.assert_allclose(
-            fresh.grad[n, :, row, column], basis @ solved / expected, rtol=1e-2, atol=1e-3 * np.abs(solved).max()
-        )
+        gradient = basis @ solved / expected / 4  # each of the four features of a cell
+        actual = fresh.grad[n, :, 2 * row + 1, 2 * column]
+        np.testing.assert_allclose(actual, gradient, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
 
 
 def test_pooled_distance_is_that_of_one_gaussian_for_all_positions():
-    features = torch.randn(40, CHANNELS, GRID, GRID) * torch.linspace(0.5, 2, CHANNELS).view(-1, 1, 1)
-    raw_maps = GoodImages(0).raw_maps(40)
-    model = NormalityModel.fit(features, [0] * 40, raw_maps, ["grass"], **CONFIG)
+    features, residuals = torch.randn(2, 40, CHANNELS, SIDE, SIDE) * torch.linspace(1, 4, CHANNELS).view(-1, 1, 1)
+    model = fit(features, residuals, GoodImages(0).raw_maps(40))
     assert list(model.config.pooled) == [True]
-    x = np.einsum("nchw,cp->nhwp", features.double().numpy(), model.projection.double().numpy())
+    x = projected(model, features).transpose(0, 2, 3, 1)
     flat = x.reshape(-1, DIRECTIONS)
     covariance = np.cov(flat.T, bias=True) + 0.01 * np.eye(DIRECTIONS)
-    residuals = x[:2] - flat.mean(0)
-    expected = np.sqrt(np.einsum("nhwp,pq,nhwq->nhw", residuals, np.linalg.inv(covariance), residuals))
+    deviations = x[:2] - flat.mean(0)
+    expected = np.sqrt(np.einsum("nhwp,pq,nhwq->nhw", deviations, np.linalg.inv(covariance), deviations))
     np.testing.assert_allclose(model.distance(features[:2], [0, 0]), expected, rtol=1e-3)
 
 
@@ -133,15 +144,19 @@ def test_distance_on_good_images_is_about_the_root_of_the_directions(model):
     assert squares.mean().item() == pytest.approx(DIRECTIONS, rel=0.15)
 
 
+def features_at_the_mean(model: NormalityModel) -> torch.Tensor:
+    cells = torch.einsum("phw,cp->chw", model.mean[0, 0], model.projection)
+    return cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[None]
+
+
 def test_the_gradient_at_the_mean_is_finite(model):
-    features = torch.einsum("phw,cp->chw", model.mean[0], model.projection)[None].requires_grad_()
+    features = features_at_the_mean(model).requires_grad_()
     model.distance(features, [0]).sum().backward()
     assert features.grad.isfinite().all()
 
 
-def test_distance_grows_with_the_step_from_the_mean(model, good):
-    centre = torch.einsum("phw,cp->chw", model.mean[0], model.projection)[None]
-    step = torch.randn(1, CHANNELS, GRID, GRID)
+def test_distance_is_proportional_to_the_step_from_the_mean(model):
+    centre, step = features_at_the_mean(model), torch.randn(1, CHANNELS, SIDE, SIDE)
     distances = torch.cat([model.distance(centre + scale * step, [0]) for scale in (1.0, 2.0, 4.0)])
     torch.testing.assert_close(distances[1:], 2 * distances[:-1], rtol=1e-3, atol=1e-3)
 
@@ -150,35 +165,47 @@ def test_distance_grows_with_the_step_from_the_mean(model, good):
 def test_objects_that_move_get_one_gaussian_for_all_positions(moving):
     """An edge down the image: at the same place in each, or anywhere."""
     rng = np.random.default_rng(0)
-    features = 0.3 * rng.standard_normal((40, CHANNELS, 8, 8))
+    features = 0.3 * rng.standard_normal((40, CHANNELS, SIDE, SIDE))
     for image in features:
-        edge = np.zeros((8, 8))
+        edge = np.zeros((SIDE, SIDE))
         edge[:, 3:5] = 2.0
-        image += np.roll(edge, rng.integers(8) if moving else 0, axis=1)
-    raw_maps = GoodImages(0).raw_maps(40)
-    model = NormalityModel.fit(torch.from_numpy(features).float(), [0] * 40, raw_maps, ["nut"], **CONFIG)
+        image += np.roll(edge, rng.integers(SIDE) if moving else 0, axis=1)
+    residuals = 0.3 * torch.randn(40, CHANNELS, SIDE, SIDE)
+    model = fit(torch.from_numpy(features).float(), residuals, GoodImages(0).raw_maps(40), categories=["nut"])
     assert list(model.config.pooled) == [moving]
 
 
 # Held out
 
 
-def test_scores_behind_thresholds_are_held_out():
-    """With few images the Gaussian fits those it saw too well: thresholds from them would call fresh ones bad."""
+@pytest.mark.parametrize("name", ["residual", "mahalanobis"])
+def test_scores_behind_thresholds_are_held_out(name):
+    """Of few images a Gaussian fits those it saw too well: thresholds from them would call fresh ones bad."""
     good = GoodImages(seed=3)
-    features, raw_maps = good.features(15), good.raw_maps(15)
-    model = NormalityModel.fit(features, [0] * 15, raw_maps, ["tile"], **CONFIG)
-    seen = score(model, features, raw_maps)[1]["mahalanobis"]
-    fresh = score(model, good.features(300), good.raw_maps(300))[1]["mahalanobis"]
-    assert abs(fresh.mean().item()) < 0.8
-    assert seen.mean().item() < fresh.mean().item() - 1.0
+    few = good.draw(10)
+    model = fit(*few, gaussian_channels=CHANNELS)
+    seen, fresh = (score(model, *draws)[1][name].mean().item() for draws in (few, good.draw(300)))
+    assert abs(fresh) < 1.0
+    assert seen < fresh - 1.5
+
+
+def test_deviations_behind_thresholds_are_held_out():
+    """The same for location and deviation of the raw maps, which are those of six images here."""
+    good = GoodImages(seed=3)
+    draws = good.draw(6)
+    model = fit(*draws)
+    z = (draws[2] - model.location[0, :-2]) / model.scale[0, :-2]
+    assert z.square().mean() < 1.02  # in their own units the images deviate by 1 at most
+    # held out they deviate by more, which the scale of the combined maps has taken in
+    assert model.map_scale[0, 1:3].min() > z.unflatten(1, (3, -1)).mean(2).std() * 1.02
 
 
 def test_only_the_last_images_are_scored(fitted_on):
-    model = NormalityModel.fit(fitted_on[0], [0] * COUNT, fitted_on[1][:30], ["tile"], **CONFIG)
+    features, residuals, raw_maps = fitted_on
+    model = fit(features, residuals, raw_maps[:30])
     assert model.config.num_scores == 30 and model.good_scores.shape == (len(SCORE_TYPES), 30)
-    mean = model.project(fitted_on[0]).mean(0)
-    torch.testing.assert_close(model.mean[0], mean, rtol=1e-3, atol=1e-3)  # the Gaussian is of all
+    mean = projected(model, features).mean(0)
+    np.testing.assert_allclose(model.mean[0, 0], mean, rtol=1e-3, atol=1e-3)  # the Gaussian is of all
 
 
 # Calibrated maps and scores
@@ -202,18 +229,18 @@ def test_good_image_scores_have_about_zero_mean_and_unit_deviation(fresh, name):
 def test_the_fused_map_is_the_weighted_sum(model, fresh):
     maps = fresh[0]
     weighted = sum(
-        w * maps[name] for w, name in zip(model.config.weights, ("pixel", "feature", "mahalanobis"), strict=True)
+        w * maps[name]
+        for w, name in zip(model.config.weights, ("pixel", "feature", "residual", "mahalanobis"), strict=True)
     )
     ratio = weighted / maps["fused"]
     torch.testing.assert_close(ratio, torch.full_like(ratio, model.map_scale[0, 0].item()), rtol=1e-2, atol=1e-3)
 
 
 def test_a_defect_stands_out_where_it_is(model):
-    images = GoodImages(seed=4)
-    features, raw_maps = images.features(1), images.raw_maps(1)
-    features[:, :, 1, 2] += 8.0
-    raw_maps[:, :, 2:4, 4:6] += 8.0
-    maps, scores = score(model, features, raw_maps)
+    draws = GoodImages(seed=4).draw(1)
+    for values in draws:
+        values[:, :, 2:4, 4:6] += 8.0
+    maps, scores = score(model, *draws)
     for name in SCORE_TYPES:
         row, column = np.unravel_index(maps[name][0].argmax().item(), (MAP, MAP))
         assert 1 <= row <= 4 and 3 <= column <= 6, name
@@ -221,26 +248,25 @@ def test_a_defect_stands_out_where_it_is(model):
 
 
 def test_scores_do_not_depend_on_the_batch(model):
-    images = GoodImages(seed=5)
-    features, raw_maps = images.features(4), images.raw_maps(4)
-    together = score(model, features, raw_maps)[1]["fused"]
-    alone = torch.cat([score(model, features[i : i + 1], raw_maps[i : i + 1])[1]["fused"] for i in range(4)])
+    draws = GoodImages(seed=5).draw(4)
+    together = score(model, *draws)[1]["fused"]
+    alone = torch.cat([score(model, *(x[i : i + 1] for x in draws))[1]["fused"] for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_raw_maps_are_stacked_on_one_grid():
-    kl, error, rgb, distance = (
-        torch.rand(2, 2, 16, 16),
-        torch.rand(2, 2, 4, 4),
-        torch.rand(2, 2, 16, 16),
-        torch.rand(2, 4, 4),
-    )
-    stacked = stack_raw_maps(kl, error, rgb, 8, distance)
-    assert stacked.shape == (2, 7, 8, 8) and stack_raw_maps(kl, error, rgb, 8).shape == (2, 6, 8, 8)
-    torch.testing.assert_close(stacked[:, :2], F.avg_pool2d(kl, 2))
-    torch.testing.assert_close(stacked[:, 4:6], F.avg_pool2d(rgb, 2))
+    """KL and RGB difference enter by their logs, after averaging."""
+    kl, rgb = torch.rand(2, 2, 2, 16, 16)
+    kl[0, 0, :2, :2] = 0.0
+    error = torch.rand(2, 2, 4, 4)
+    distances = torch.rand(2, 2, 4, 4)
+    stacked = stack_raw_maps(kl, error, rgb, 8, *distances)
+    assert torch.equal(stack_raw_maps(kl, error, rgb, 8), stacked[:, :6])
+    torch.testing.assert_close(stacked[:, :2], F.avg_pool2d(kl, 2).clamp_min(1e-6).log())
     torch.testing.assert_close(stacked[:, 2:4], F.interpolate(error, (8, 8), mode="bilinear"))
-    torch.testing.assert_close(stacked[:, 6:], F.interpolate(distance[:, None], (8, 8), mode="bilinear"))
+    torch.testing.assert_close(stacked[:, 4:6], F.avg_pool2d(rgb, 2).log())
+    torch.testing.assert_close(stacked[:, 6:], F.interpolate(distances.transpose(0, 1), (8, 8), mode="bilinear"))
+    assert stacked.isfinite().all()
 
 
 # p-values and thresholds
@@ -296,8 +322,7 @@ def test_pixel_thresholds_fall_with_the_rate_and_hold_on_fresh_pixels(model, fre
 
 def test_one_score_is_enough_for_thresholds():
     """Two images are the fewest: everything stays finite."""
-    good = GoodImages(seed=6)
-    model = NormalityModel.fit(good.features(2), [0, 0], good.raw_maps(2), ["tile"], **CONFIG)
+    model = fit(*GoodImages(seed=6).draw(2))
     assert all(buffer.isfinite().all() for buffer in model.buffers())
     p = model.p_value(torch.linspace(-5, 50, 100))
     assert (p.diff() <= 0).all() and (p > 0).all()
@@ -309,45 +334,47 @@ def test_one_score_is_enough_for_thresholds():
 
 @pytest.fixture(scope="module")
 def two_categories() -> tuple[NormalityModel, list[GoodImages]]:
-    draws = [GoodImages(seed=10, offset=-1.0), GoodImages(seed=11, offset=1.0)]
-    features = torch.stack([d.features(20) for d in draws], dim=1).flatten(0, 1)  # in turn
-    raw_maps = torch.stack([d.raw_maps(20) for d in draws], dim=1).flatten(0, 1)
-    raw_maps[1::2] = 3 * raw_maps[1::2] + 5
-    return NormalityModel.fit(features, [0, 1] * 20, raw_maps, ["nut", "tile"], **CONFIG), draws
+    images = [GoodImages(seed=10, offset=-1.0), GoodImages(seed=11, offset=1.0)]
+    draws = [torch.stack(x, dim=1).flatten(0, 1) for x in zip(*(i.draw(20) for i in images), strict=True)]  # in turn
+    draws[2][1::2] = 3 * draws[2][1::2] + 5
+    return fit(*draws, labels=[0, 1] * 20, categories=["nut", "tile"]), images
 
 
 def test_classify_picks_the_category(two_categories):
-    model, draws = two_categories
-    assert model.classify(draws[0].features(10)) == [0] * 10
-    assert model.classify(draws[1].features(10)) == [1] * 10
-    mixed = torch.cat([draws[1].features(1), draws[0].features(1)])
-    assert model.classify(mixed) == [1, 0]
+    model, (nuts, tiles) = two_categories
+    assert model.classify(nuts.features(10)) == [0] * 10
+    assert model.classify(tiles.features(10)) == [1] * 10
+    assert model.classify(torch.cat([tiles.features(1), nuts.features(1)])) == [1, 0]
 
 
 def test_each_category_has_its_own_units(two_categories):
-    model, draws = two_categories
-    for label, images in enumerate(draws):
-        raw_maps = images.raw_maps(200) if label == 0 else 3 * images.raw_maps(200) + 5
-        maps, scores = score(model, images.features(200), raw_maps, label)
+    model, images = two_categories
+    for label, good in enumerate(images):
+        features, residuals, raw_maps = good.draw(200)
+        maps, scores = score(model, features, residuals, 3 * raw_maps + 5 if label else raw_maps, label)
         assert maps["fused"].std().item() == pytest.approx(1.0, abs=0.3)
         assert scores["fused"].mean().item() == pytest.approx(0.0, abs=0.6)
 
 
 def test_a_batch_may_mix_categories(two_categories):
-    model, draws = two_categories
-    features = torch.cat([draws[0].features(1), draws[1].features(1)])
+    model, images = two_categories
+    features = torch.cat([good.features(1) for good in images])
     mixed = model.distance(features, [0, 1])
     torch.testing.assert_close(mixed[0], model.distance(features[:1], [0])[0])
     torch.testing.assert_close(mixed[1], model.distance(features[1:], [1])[0])
+
+
+def test_several_categories_share_covariances_among_neighbours(model, two_categories):
+    assert model.config.gaussian_blocks == GRID and two_categories[0].config.gaussian_blocks == GRID // 2
 
 
 # Refusals and files
 
 
 def test_a_category_with_one_image_is_refused(fitted_on):
-    features, raw_maps = fitted_on[0][:5], fitted_on[1][:5]
+    draws = [x[:5] for x in fitted_on]
     with pytest.raises(ValueError, match="'tile' has 1 good images to calibrate on; it needs at least 2"):
-        NormalityModel.fit(features, [0, 0, 0, 0, 1], raw_maps, ["nut", "tile"], **CONFIG)
+        fit(*draws, labels=[0, 0, 0, 0, 1], categories=["nut", "tile"])
 
 
 def test_an_unknown_score_type_is_refused(model):
@@ -356,16 +383,17 @@ def test_an_unknown_score_type_is_refused(model):
 
 
 def test_save_and_load_are_bit_exact_in_half_precision(fitted_on, tmp_path):
-    model = NormalityModel.fit(fitted_on[0], [0] * COUNT, fitted_on[1], ["tile"], **CONFIG).half()
+    features = fitted_on[0][:20]
+    model = fit(*(x[:20] for x in fitted_on)).half()
     model.save_pretrained(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     loaded = NormalityModel.from_pretrained(tmp_path)
-    assert loaded.config.pooled == list(model.config.pooled) and list(loaded.config.categories) == ["tile"]
+    assert list(loaded.config.pooled) == list(model.config.pooled) and list(loaded.config.categories) == ["tile"]
     saved, restored = dict(model.named_buffers()), dict(loaded.named_buffers())
     assert saved.keys() == restored.keys()
     for name, buffer in saved.items():
         assert torch.equal(buffer.float(), restored[name].float()), name
-    assert torch.equal(loaded.distance(fitted_on[0], [0] * COUNT), model.float().distance(fitted_on[0], [0] * COUNT))
+    assert torch.equal(loaded.distance(features, [0] * 20), model.float().distance(features, [0] * 20))
 
 
 def test_half_precision_changes_little(model, fitted_on, tmp_path):

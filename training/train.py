@@ -48,6 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model_config", default="small", choices=NAMED_CONFIGS, help="Size of the U-Net.")
     model.add_argument("--backbone", help="timm backbone with ImageNet weights; by default the embedded extractor.")
     model.add_argument("--feature_stride", type=int, default=8, help="Pixels per position of --backbone's grid.")
+    model.add_argument("--map_weights", type=float, nargs=4, help="KL, feature error, residual, Mahalanobis: map.")
+    model.add_argument("--image_weights", type=float, nargs=4, help="The same four in the image score.")
+    model.add_argument("--context", type=float, help="Weight of a wide neighbourhood in the map.")
     train = parser.add_argument_group("training")
     train.add_argument("--output_dir", default="rad-model", help="The pipeline and the checkpoints go here.")
     train.add_argument("--seed", type=int, default=0)
@@ -249,11 +252,13 @@ def main(args: argparse.Namespace) -> None:
             normality=None,
             resolution=args.resolution,
         ).to(accelerator.device)
+        fusion = {"weights": args.map_weights, "image_weights": args.image_weights, "context": args.context}
         pipeline.fit_normality(
             [sample.image for sample in train],
             holdout_images=[sample.image for sample in holdout] or None,
             categories=[sample.category for sample in train],
             holdout_categories=[sample.category for sample in holdout] or None,
+            **{name: value for name, value in fusion.items() if value is not None},
         )
         for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
             model.half()

@@ -18,8 +18,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
     For every category it holds
     - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021), and one of the
-      residuals that the network's prediction of those features leaves: means at each position, covariances shared by
-      square blocks of positions, or by all positions for objects that move;
+      residuals that the network's prediction of those features leaves, on a grid half as fine, for context: means at
+      each position, covariances shared by square blocks of positions, or by all positions for objects that move;
     - location and deviation of every raw score map (log KL, feature error and log RGB difference at each timestep and
       position, the two Mahalanobis distances), so that a score says how far from good images this one lies;
     - the scores of held-out good images, from which p-values and thresholds with a stated false-alarm rate follow.
@@ -28,11 +28,16 @@ class NormalityModel(ModelMixin, ConfigMixin):
         categories: Names of the categories, in the order of the class labels.
         timesteps: Steps of the full chain at which maps are scored.
         feature_channels: Channels of the extractor.
-        gaussian_size: Side of the Gaussians' grid; features are averaged down to it.
-        gaussian_channels: Features are projected to this many orthonormal directions.
-        gaussian_blocks: Covariances per side of the grid: `gaussian_size` is one at each position, 1 one for all.
+        gaussian_size: Side of the grid of the features' Gaussian, that of the residuals' is half of it; both are
+            averaged down to their grid.
+        gaussian_channels: Both are projected to this many orthonormal directions.
+        gaussian_block: Side in positions of the blocks that share a covariance.
         map_size: Side of the grid of calibrated maps.
-        weights: Of the KL, feature error, residual and Mahalanobis maps in the fused one.
+        weights: Of the KL, feature error, residual and Mahalanobis maps in the fused map.
+        image_weights: Likewise in the map whose largest values make the fused image score: what finds a defect's
+            outline best is not what tells bad images from good ones best.
+        context: How much the mean over a neighbourhood of half the side adds to the fused map; it helps large, faint
+            defects and costs small ones.
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
         num_scores: Held-out good images in all.
         pooled: For each category, whether one Gaussian serves all positions.
@@ -45,10 +50,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
         timesteps: tuple[int, ...] = (20, 201, 401),
         feature_channels: int = 192,
         gaussian_size: int = 16,
-        gaussian_channels: int = 104,
-        gaussian_blocks: int = 16,
+        gaussian_channels: int = 140,
+        gaussian_block: int = 1,
         map_size: int = 64,
-        weights: tuple[float, float, float, float] = (0.1, 0.2, 0.3, 0.4),
+        weights: tuple[float, float, float, float] = (0.05, 0.25, 0.35, 0.35),
+        image_weights: tuple[float, float, float, float] = (0.0, 0.0, 0.5, 0.5),
+        context: float = 0.0,
         top_k: int = 64,
         num_scores: int = 1,
         pooled: tuple[bool, ...] = (False,),
@@ -56,11 +63,11 @@ class NormalityModel(ModelMixin, ConfigMixin):
         super().__init__()
         num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2, gaussian_channels
         self.register_buffer("projection", torch.zeros(feature_channels, channels))
-        # Two Gaussians of each category: 0 of features, 1 of residuals
-        self.register_buffer("mean", torch.zeros(2, num_categories, channels, gaussian_size, gaussian_size))
-        # Lower triangle of the inverse Cholesky factor W of each covariance: |W (f - mean)| is the distance
-        triangle = channels * (channels + 1) // 2
-        self.register_buffer("whitening", torch.zeros(2, num_categories, gaussian_blocks**2, triangle))
+        for kind, size in (("feature", gaussian_size), ("residual", gaussian_size // 2)):
+            self.register_buffer(f"{kind}_mean", torch.zeros(num_categories, channels, size, size))
+            # Lower triangle of the inverse Cholesky factor W of each covariance: |W (f - mean)| is the distance
+            num_blocks, triangle = (size // gaussian_block) ** 2, channels * (channels + 1) // 2
+            self.register_buffer(f"{kind}_whitening", torch.zeros(num_categories, num_blocks, triangle))
         self.register_buffer("category_mean", torch.zeros(num_categories, channels))
         self.register_buffer("category_std", torch.ones(num_categories, channels))
         self.register_buffer("location", torch.zeros(num_categories, num_maps, map_size, map_size))
@@ -73,29 +80,29 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
     # -- Gaussians ------------------------------------------------------------------------------------------------
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, feature_channels, h, w] on the Gaussians' grid and directions, [B, gaussian_channels, g, g]."""
-        features = F.adaptive_avg_pool2d(features.float(), self.config.gaussian_size)
+    def project(self, features: torch.Tensor, kind: str = "feature") -> torch.Tensor:
+        """Features [B, feature_channels, h, w] on the grid and directions of a Gaussian, [B, P, g, g]."""
+        features = F.adaptive_avg_pool2d(features.float(), self.get_buffer(f"{kind}_mean").shape[-1])
         return torch.einsum("bchw,cp->bphw", features, self.projection.float())
 
-    def distance(self, features: torch.Tensor, labels: list[int], residual: bool = False) -> torch.Tensor:
+    def distance(self, features: torch.Tensor, labels: list[int], kind: str = "feature") -> torch.Tensor:
         """Mahalanobis distance to good images of the same category at every position; differentiable.
 
         Args:
             features: The extractor's, or the residuals of their prediction, [B, feature_channels, h, w].
             labels: Class label of each image.
-            residual: Whether they are residuals.
+            kind: "feature" or "residual".
 
         Returns:
             Distances [B, g, g]; about sqrt(gaussian_channels) on good images.
         """
-        deviations = self.project(features) - self.mean[int(residual), labels].float()
-        whitening = {label: self._unpack(label, residual) for label in set(labels)}
+        deviations = self.project(features, kind) - self.get_buffer(f"{kind}_mean")[labels].float()
+        whitening = {label: self._unpack(label, kind) for label in set(labels)}
         return torch.stack([_distance(d, whitening[label]) for d, label in zip(deviations, labels, strict=True)])
 
-    def _unpack(self, label: int, residual: bool) -> torch.Tensor:
-        """Whitening matrices [gaussian_blocks ** 2, P, P] of a category."""
-        channels, packed = self.config.gaussian_channels, self.whitening[int(residual), label].float()
+    def _unpack(self, label: int, kind: str) -> torch.Tensor:
+        """Whitening matrices [blocks, P, P] of a category."""
+        channels, packed = self.config.gaussian_channels, self.get_buffer(f"{kind}_whitening")[label].float()
         matrix = packed.new_zeros(len(packed), channels, channels)
         rows, columns = torch.tril_indices(channels, channels)
         matrix[:, rows, columns] = packed
@@ -118,13 +125,39 @@ class NormalityModel(ModelMixin, ConfigMixin):
             labels: Class label of each image.
         """
         z = (raw_maps - self.location[labels].float()) / self.scale[labels].float()
-        return _combine(z, self.map_scale[labels].float(), self.config.weights)
+        return self._combine(z, self.map_scale[labels].float())
 
-    def image_scores(self, maps: torch.Tensor, labels: list[int], score_type: str = "fused") -> torch.Tensor:
-        """Image scores [B]: mean of the largest values of each map, in units of good images' deviation."""
+    def _combine(self, z: torch.Tensor, map_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Means over timesteps of deviations z [B, 3 T + 2, h, w], and their weighted sum, each in its own scale."""
+        num_timesteps = len(self.config.timesteps)
+        names = ("pixel", "feature", "rgb", "residual", "mahalanobis")
+        parts = z.split([num_timesteps] * 3 + [1, 1], dim=1)
+        scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(SCORE_TYPES)}
+        maps = {name: part.mean(1) / scale[name] for name, part in zip(names, parts, strict=True)}
+        fused = _weighted(maps, self.config.weights)
+        if self.config.context:
+            side = z.shape[-1] // 2 + 1
+            mean = F.avg_pool2d(fused[:, None], side, stride=1, padding=side // 2, count_include_pad=False)[:, 0]
+            fused = fused + self.config.context * mean
+        return {"fused": fused / scale["fused"], **maps}
+
+    def image_scores(
+        self, maps: dict[str, torch.Tensor], labels: list[int], score_type: str = "fused"
+    ) -> torch.Tensor:
+        """Image scores [B]: mean of the largest values of a map, in units of good images' deviation.
+
+        Args:
+            maps: From `calibrate`.
+            labels: Class label of each image.
+        """
         column = SCORE_TYPES.index(score_type)
         location, scale = self.score_location[labels, column].float(), self.score_scale[labels, column].float()
-        return (_top_k_mean(maps, self.config.top_k) - location) / scale
+        return (self._top_k_mean(maps, score_type) - location) / scale
+
+    def _top_k_mean(self, maps: dict[str, torch.Tensor], score_type: str) -> torch.Tensor:
+        values = _weighted(maps, self.config.image_weights) if score_type == "fused" else maps[score_type]
+        values = values.flatten(1)
+        return values.topk(min(self.config.top_k, values.shape[1]), dim=1).values.mean(1)
 
     def p_value(self, scores: torch.Tensor, score_type: str = "fused") -> torch.Tensor:
         """How often a good image scores as high, [B] in (0, 1].
@@ -185,9 +218,9 @@ class NormalityModel(ModelMixin, ConfigMixin):
             labels: Class label of each, [N].
             raw_maps: KL, feature error and RGB difference maps of the last n images, [n, 3 T, map_size, map_size].
             categories: Their names; each needs at least two scored images.
-            config: Further arguments of the constructor. By default the Gaussians' grid has half the features' side;
-                one category has a covariance at each of its positions, several share them in 2 x 2 blocks and have
-                fewer directions, which keeps the model small.
+            config: Further arguments of the constructor. By default the features' Gaussian has half their side; one
+                category has a covariance at each of its positions, several share them in 2 x 2 blocks and have fewer
+                directions, which keeps the model small.
         """
         label_of = torch.tensor(labels)
         num_scored = len(raw_maps)
@@ -200,7 +233,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
                 )
         size = features.shape[-1] // 2
         several = len(categories) > 1
-        defaults = {"gaussian_blocks": size // 2 if several else size, "gaussian_channels": 64 if several else 104}
+        defaults = {"gaussian_block": 2 if several else 1, "gaussian_channels": 96 if several else 140}
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
@@ -214,10 +247,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
         model.projection.copy_(basis[:, : model.config.gaussian_channels])
-        projected = torch.stack(
-            [torch.cat([model.project(chunk) for chunk in x.split(64)]) for x in (features, residuals)]
-        )
-        blocks, rows_columns = model.config.gaussian_blocks, tuple(torch.tril_indices(*[projected.shape[2]] * 2))
+        projected = {
+            kind: torch.cat([model.project(chunk, kind) for chunk in x.split(64)])
+            for kind, x in (("feature", features), ("residual", residuals))
+        }
+        block = model.config.gaussian_block
+        rows, columns = torch.tril_indices(*[model.config.gaussian_channels] * 2)
 
         maps = {name: torch.empty(num_scored, *raw_maps.shape[-2:], device=raw_maps.device) for name in SCORE_TYPES}
         pooled = []
@@ -227,32 +262,31 @@ class NormalityModel(ModelMixin, ConfigMixin):
             fold_of_scored = torch.arange(len(scored)) % min(NUM_FOLDS, len(scored))
             fold = torch.full((len(members),), -1)
             fold[len(members) - len(scored) :] = fold_of_scored
-            x = projected[:, members]
+            x = {kind: p[members] for kind, p in projected.items()}
 
-            # 1. Held-out distances under either kind of Gaussian; the likelier kind describes the category
-            distances, energies = {}, {}
+            # 1. Held-out distances under either sort of covariance; the likelier sort describes the category
+            distances, energies = {}, {False: 0.0, True: 0.0}
             for shared in (False, True):
-                distances[shared] = x.new_empty(len(scored), 2, *x.shape[-2:])
-                energies[shared] = 0.0
-                for k in fold_of_scored.unique():
-                    for kind in (0, 1):
-                        mean, whitening = _fit_gaussian(x[kind, fold != k], blocks, shared)
-                        held_out = torch.stack([_distance(d, whitening) for d in x[kind, fold == k] - mean])
-                        distances[shared][fold_of_scored == k, kind] = held_out
+                for kind, values in x.items():
+                    distance = distances[shared, kind] = values.new_empty(len(scored), *values.shape[-2:])
+                    for k in fold_of_scored.unique():
+                        mean, whitening = _fit_gaussian(values[fold != k], block, shared)
+                        held_out = torch.stack([_distance(d, whitening) for d in values[fold == k] - mean])
+                        distance[fold_of_scored == k] = held_out
                         log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
                         energies[shared] += float(held_out.square().mean() + log_det) * len(held_out)
             pooled.append(energies[True] < energies[False])
-            for kind in (0, 1):
-                mean, whitening = _fit_gaussian(x[kind], blocks, pooled[-1])
-                model.mean[kind, label] = mean
-                model.whitening[kind, label] = whitening[(slice(None), *rows_columns)]
-            average = x[0].mean((2, 3))
+            for kind, values in x.items():
+                mean, whitening = _fit_gaussian(values, block, pooled[-1])
+                model.get_buffer(f"{kind}_mean")[label] = mean
+                model.get_buffer(f"{kind}_whitening")[label] = whitening[:, rows, columns]
+            average = x["feature"].mean((2, 3))
             model.category_mean[label] = average.mean(0)
             model.category_std[label] = average.std(0).clamp_min(1e-3)
 
             # 2. Location and deviation of every map, held out fold by fold for the scores
-            feature_distance, residual_distance = distances[pooled[-1]].split(1, dim=1)
-            distance_maps = [_resize(d, model.config.map_size) for d in (residual_distance, feature_distance)]
+            held_out = (distances[pooled[-1], kind] for kind in ("residual", "feature"))
+            distance_maps = [_resize(d, model.config.map_size) for d in held_out]
             raw = torch.cat([raw_maps[scored].float(), *distance_maps], dim=1)
             z = torch.empty_like(raw)
             for k in fold_of_scored.unique():
@@ -262,14 +296,14 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
             # 3. Unit deviation for each combined map, first the parts, then the fused one
             map_scale = raw.new_ones(1, len(SCORE_TYPES))
-            parts = _combine(z, map_scale, model.config.weights)
+            parts = model._combine(z, map_scale)
             map_scale[0, 1:] = torch.stack([parts[name].std() for name in SCORE_TYPES[1:]])
-            map_scale[0, 0] = _combine(z, map_scale, model.config.weights)["fused"].std()
+            map_scale[0, 0] = model._combine(z, map_scale)["fused"].std()
             model.map_scale[label] = map_scale[0]
-            combined = _combine(z, map_scale, model.config.weights)
+            combined = model._combine(z, map_scale)
             for column, name in enumerate(SCORE_TYPES):
                 maps[name][scored] = combined[name]
-                scores = _top_k_mean(combined[name], model.config.top_k)
+                scores = model._top_k_mean(combined, name)
                 model.score_location[label, column] = scores.mean()
                 model.score_scale[label, column] = scores.std().clamp_min(1e-3)
         model.register_to_config(pooled=tuple(pooled))
@@ -277,7 +311,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         # 4. Scores of held-out good images, pooled over the categories whose units they share
         tail = torch.from_numpy(TAIL)
         for column, name in enumerate(SCORE_TYPES):
-            scores = model.image_scores(maps[name], scored_labels.tolist(), name)
+            scores = model.image_scores(maps, scored_labels.tolist(), name)
             model.good_scores[column] = scores.sort().values
             values = maps[name].flatten().double().sort().values
             index = ((1.0 - tail) * (len(values) - 1)).round().long()
@@ -307,19 +341,8 @@ def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(maps, (size, size), mode="bilinear")
 
 
-def _combine(z: torch.Tensor, map_scale: torch.Tensor, weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
-    """Means over timesteps of deviations z [B, 3 T + 2, h, w], and their weighted sum, each in its own scale."""
-    num_timesteps = (z.shape[1] - 2) // 3
-    names = ("pixel", "feature", "rgb", "residual", "mahalanobis")
-    parts = z.split([num_timesteps] * 3 + [1, 1], dim=1)
-    scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(SCORE_TYPES)}
-    maps = {name: part.mean(1) / scale[name] for name, part in zip(names, parts, strict=True)}
-    fused = sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True))
-    return {"fused": fused / scale["fused"], **maps}
-
-
-def _top_k_mean(maps: torch.Tensor, k: int) -> torch.Tensor:
-    return maps.flatten(1).topk(min(k, maps[0].numel()), dim=1).values.mean(1)
+def _weighted(maps: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
+    return sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True))
 
 
 def _distance(deviation: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
@@ -332,17 +355,17 @@ def _distance(deviation: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
     return squares.permute(0, 2, 1, 3).reshape(size, size).clamp_min(1e-12).sqrt()
 
 
-def _fit_gaussian(x: torch.Tensor, blocks: int, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means [P, g, g] and whitening matrices [blocks ** 2, P, P] of features [N, P, g, g].
+def _fit_gaussian(x: torch.Tensor, block: int, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [P, g, g] and whitening matrices [(g / block) ** 2, P, P] of features [N, P, g, g].
 
     RAN adds 0.01 I to each covariance. Each is also drawn towards the mean of all, which counts as much as
     `PRIOR_IMAGES` images.
     """
     count, channels, size, _ = x.shape
-    side = size // blocks
+    blocks = size // block
     pooled_mean = x.mean((0, 2, 3)).view(-1, 1, 1).expand(-1, size, size)
     mean = pooled_mean if pooled else x.mean(0)
-    residuals = (x - mean).view(count, channels, blocks, side, blocks, side)
+    residuals = (x - mean).reshape(count, channels, blocks, block, blocks, block)
     residuals = residuals.permute(2, 4, 1, 0, 3, 5).reshape(blocks**2, channels, -1)
     covariance = residuals @ residuals.transpose(1, 2) / residuals.shape[-1]
     shared = covariance.mean(0, keepdim=True)
