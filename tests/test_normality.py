@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import mahalanobis
+from skimage.measure import block_reduce
 
 from rad import NormalityModel
 from rad.models.normality import SCORE_TYPES, stack_raw_maps
 
-CHANNELS, SIDE, GRID, DIRECTIONS, MAP, TIMESTEPS = 6, 8, 4, 4, 8, (20, 201)
+CHANNELS, SIDE, DIRECTIONS, MAP, TIMESTEPS = 6, 16, 4, 16, (20, 201)
+GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
+PARTS = ("pixel", "feature", "residual", "mahalanobis")  # in the order of the weights
 CONFIG = {"gaussian_channels": DIRECTIONS, "timesteps": TIMESTEPS, "top_k": 8}
 COUNT = 100
 
@@ -24,14 +28,15 @@ class GoodImages:
         self.location = layout.uniform(1, 5, (3 * len(TIMESTEPS), MAP, MAP))
         self.deviation = layout.uniform(0.5, 1.5, (3 * len(TIMESTEPS), MAP, MAP))
 
-    def _draw(self, count: int, mixing: np.ndarray) -> np.ndarray:
-        return np.einsum("cd,ndhw->nchw", mixing, 2 * self.rng.standard_normal((count, CHANNELS, SIDE, SIDE)))
+    def _draw(self, count: int, mixing: np.ndarray, cell: int) -> np.ndarray:
+        """Deviations that averaging over cells of this side leaves with about unit variance."""
+        return np.einsum("cd,ndhw->nchw", mixing, cell * self.rng.standard_normal((count, CHANNELS, SIDE, SIDE)))
 
     def features(self, count: int) -> torch.Tensor:
-        return torch.from_numpy(self._draw(count, self.mixing[0]) + self.mean).float()
+        return torch.from_numpy(self._draw(count, self.mixing[0], 2) + self.mean).float()
 
     def residuals(self, count: int) -> torch.Tensor:
-        return torch.from_numpy(self._draw(count, self.mixing[1]) + 0.2 * self.mean).float()
+        return torch.from_numpy(self._draw(count, self.mixing[1], 4) + 0.2 * self.mean).float()
 
     def raw_maps(self, count: int) -> torch.Tensor:
         noise = self.rng.standard_normal((count, *self.location.shape))
@@ -49,10 +54,10 @@ def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **conf
 def score(model: NormalityModel, features, residuals, raw_maps, label: int = 0):
     """Calibrated maps and image scores of each type, as the pipeline makes them."""
     labels = [label] * len(features)
-    distances = [model.distance(residuals, labels, residual=True), model.distance(features, labels)]
-    distances = F.interpolate(torch.stack(distances, dim=1), (MAP, MAP), mode="bilinear")
-    maps = model.calibrate(torch.cat([raw_maps, distances], dim=1), labels)
-    return maps, {name: model.image_scores(values, labels, name) for name, values in maps.items()}
+    distances = [model.distance(residuals, labels, "residual"), model.distance(features, labels)]
+    distances = [F.interpolate(d[:, None], (MAP, MAP), mode="bilinear") for d in distances]
+    maps = model.calibrate(torch.cat([raw_maps, *distances], dim=1), labels)
+    return maps, {name: model.image_scores(maps, labels, name) for name in maps}
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +79,20 @@ def fresh(model) -> tuple[dict, dict]:
 # Gaussians
 
 
-def projected(model: NormalityModel, features: torch.Tensor) -> np.ndarray:
-    """Features averaged over the cells of the Gaussians' grid, in their directions, [N, P, g, g], float64."""
-    x = features.detach().double().numpy()
-    cells = x.reshape(len(x), CHANNELS, GRID, SIDE // GRID, GRID, SIDE // GRID).mean((3, 5))
+def projected(model: NormalityModel, features: torch.Tensor, kind: str = "feature") -> np.ndarray:
+    """Features averaged over the cells of a Gaussian's grid, in its directions, [N, P, g, g], float64."""
+    x, grid = features.detach().double().numpy(), GRIDS[kind]
+    cells = x.reshape(len(x), CHANNELS, grid, SIDE // grid, grid, SIDE // grid).mean((3, 5))
     return np.einsum("nchw,cp->nphw", cells, model.projection.double().numpy())
 
 
-def shrunk_covariances(x: np.ndarray, blocks: int) -> np.ndarray:
-    """Covariances [blocks, blocks, P, P] of features [N, P, g, g], loop by loop.
+def shrunk_covariances(x: np.ndarray, side: int) -> np.ndarray:
+    """Covariances [blocks, blocks, P, P] of features [N, P, g, g] in blocks of side x side, loop by loop.
 
     The mean over all blocks counts as ten more images; 0.01 I is added.
     """
     count, channels, size, _ = x.shape
-    side = size // blocks
+    blocks = size // side
     residuals = x - x.mean(0)
     covariances = np.zeros((blocks, blocks, channels, channels))
     for i in range(blocks):
@@ -99,65 +104,93 @@ def shrunk_covariances(x: np.ndarray, blocks: int) -> np.ndarray:
     return (count * covariances + 10 * covariances.mean((0, 1))) / (count + 10) + 0.01 * np.eye(channels)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("blocks", [4, 2, 1])
-def test_distance_is_mahalanobis_and_so_is_its_gradient(fitted_on, blocks, residual):
+@pytest.mark.parametrize("kind", ["feature", "residual"])
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_distance_is_mahalanobis_and_so_is_its_gradient(fitted_on, block, kind):
     draws = [x[:30] for x in fitted_on]
-    model = fit(*draws, gaussian_blocks=blocks)
+    model = fit(*draws, gaussian_block=block)
     assert list(model.config.pooled) == [False]
-    x = projected(model, draws[int(residual)])
-    covariances = shrunk_covariances(x, blocks)
+    index, grid = list(GRIDS).index(kind), GRIDS[kind]
+    cell = SIDE // grid
+    x = projected(model, draws[index], kind)
+    covariances = shrunk_covariances(x, block)
 
-    fresh = GoodImages(seed=2).draw(3)[int(residual)].requires_grad_()
-    distance = model.distance(fresh, [0, 0, 0], residual=residual)
+    fresh = GoodImages(seed=2).draw(3)[index].requires_grad_()
+    distance = model.distance(fresh, [0, 0, 0], kind)
+    assert distance.shape == (3, grid, grid)
     distance.sum().backward()
-    deviations = projected(model, fresh) - x.mean(0)
+    deviations = projected(model, fresh, kind) - x.mean(0)
     basis = model.projection.double().numpy()
-    for n, row, column in np.ndindex(3, GRID, GRID):
+    for n, row, column in np.ndindex(3, grid, grid):
         deviation = deviations[n, :, row, column]
-        solved = np.linalg.solve(covariances[row * blocks // GRID, column * blocks // GRID], deviation)
+        solved = np.linalg.solve(covariances[row // block, column // block], deviation)
         expected = np.sqrt(deviation @ solved)
         assert distance[n, row, column].item() == pytest.approx(expected, rel=1e-3)
-        gradient = basis @ solved / expected / 4  # each of the four features of a cell
-        actual = fresh.grad[n, :, 2 * row + 1, 2 * column]
+        gradient = basis @ solved / expected / cell**2  # shared by all features of a cell
+        actual = fresh.grad[n, :, cell * row + cell - 1, cell * column]
         np.testing.assert_allclose(actual, gradient, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
 
 
-def test_pooled_distance_is_that_of_one_gaussian_for_all_positions():
-    features, residuals = torch.randn(2, 40, CHANNELS, SIDE, SIDE) * torch.linspace(1, 4, CHANNELS).view(-1, 1, 1)
-    model = fit(features, residuals, GoodImages(0).raw_maps(40))
+def test_the_residual_gaussian_is_of_the_averaged_residuals(model, fitted_on):
+    """In 4 x 4 cells, and of nothing else: SciPy's distance under the covariances of the averages."""
+    basis = model.projection.double().numpy()
+    averaged, fresh = (
+        block_reduce(x.double().numpy(), (1, 1, 4, 4), np.mean).transpose(2, 3, 0, 1) @ basis  # [4, 4, N, P]
+        for x in (fitted_on[1], GoodImages(seed=2).residuals(3))
+    )
+    covariances = np.stack([[np.cov(cell.T, bias=True) for cell in row] for row in averaged])
+    covariances = (COUNT * covariances + 10 * covariances.mean((0, 1))) / (COUNT + 10) + 0.01 * np.eye(DIRECTIONS)
+    expected = np.zeros((3, 4, 4))
+    for n, row, column in np.ndindex(expected.shape):
+        inverse = np.linalg.inv(covariances[row, column])
+        expected[n, row, column] = mahalanobis(fresh[row, column, n], averaged[row, column].mean(0), inverse)
+    actual = model.distance(GoodImages(seed=2).residuals(3), [0, 0, 0], "residual")
+    np.testing.assert_allclose(actual, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["feature", "residual"])
+def test_pooled_distance_is_that_of_one_gaussian_for_all_positions(kind):
+    draws = torch.randn(2, 40, CHANNELS, SIDE, SIDE) * torch.linspace(1, 4, CHANNELS).view(-1, 1, 1)
+    model = fit(*draws, GoodImages(0).raw_maps(40))
     assert list(model.config.pooled) == [True]
-    x = projected(model, features).transpose(0, 2, 3, 1)
+    values = draws[list(GRIDS).index(kind)]
+    x = projected(model, values, kind).transpose(0, 2, 3, 1)
     flat = x.reshape(-1, DIRECTIONS)
     covariance = np.cov(flat.T, bias=True) + 0.01 * np.eye(DIRECTIONS)
     deviations = x[:2] - flat.mean(0)
     expected = np.sqrt(np.einsum("nhwp,pq,nhwq->nhw", deviations, np.linalg.inv(covariance), deviations))
-    np.testing.assert_allclose(model.distance(features[:2], [0, 0]), expected, rtol=1e-3)
+    np.testing.assert_allclose(model.distance(values[:2], [0, 0], kind), expected, rtol=1e-3)
 
 
 def test_projection_is_orthonormal(model):
     np.testing.assert_allclose(model.projection.T @ model.projection, np.eye(DIRECTIONS), atol=1e-5)
 
 
-def test_distance_on_good_images_is_about_the_root_of_the_directions(model):
-    squares = model.distance(GoodImages(seed=2).features(300), [0] * 300).square()
+@pytest.mark.parametrize("kind", ["feature", "residual"])
+def test_distance_on_good_images_is_about_the_root_of_the_directions(model, kind):
+    good = GoodImages(seed=2)
+    fresh = good.features(300) if kind == "feature" else good.residuals(300)
+    squares = model.distance(fresh, [0] * 300, kind).square()
     assert squares.mean().item() == pytest.approx(DIRECTIONS, rel=0.15)
 
 
-def features_at_the_mean(model: NormalityModel) -> torch.Tensor:
-    cells = torch.einsum("phw,cp->chw", model.mean[0, 0], model.projection)
-    return cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)[None]
+def features_at_the_mean(model: NormalityModel, kind: str) -> torch.Tensor:
+    cells, side = getattr(model, f"{kind}_mean")[0], SIDE // GRIDS[kind]
+    cells = torch.einsum("phw,cp->chw", cells, model.projection)
+    return cells.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)[None]
 
 
-def test_the_gradient_at_the_mean_is_finite(model):
-    features = features_at_the_mean(model).requires_grad_()
-    model.distance(features, [0]).sum().backward()
+@pytest.mark.parametrize("kind", ["feature", "residual"])
+def test_the_gradient_at_the_mean_is_finite(model, kind):
+    features = features_at_the_mean(model, kind).requires_grad_()
+    model.distance(features, [0], kind).sum().backward()
     assert features.grad.isfinite().all()
 
 
-def test_distance_is_proportional_to_the_step_from_the_mean(model):
-    centre, step = features_at_the_mean(model), torch.randn(1, CHANNELS, SIDE, SIDE)
-    distances = torch.cat([model.distance(centre + scale * step, [0]) for scale in (1.0, 2.0, 4.0)])
+@pytest.mark.parametrize("kind", ["feature", "residual"])
+def test_distance_is_proportional_to_the_step_from_the_mean(model, kind):
+    centre, step = features_at_the_mean(model, kind), torch.randn(1, CHANNELS, SIDE, SIDE)
+    distances = torch.cat([model.distance(centre + scale * step, [0], kind) for scale in (1.0, 2.0, 4.0)])
     torch.testing.assert_close(distances[1:], 2 * distances[:-1], rtol=1e-3, atol=1e-3)
 
 
@@ -168,7 +201,7 @@ def test_objects_that_move_get_one_gaussian_for_all_positions(moving):
     features = 0.3 * rng.standard_normal((40, CHANNELS, SIDE, SIDE))
     for image in features:
         edge = np.zeros((SIDE, SIDE))
-        edge[:, 3:5] = 2.0
+        edge[:, 6:10] = 2.0
         image += np.roll(edge, rng.integers(SIDE) if moving else 0, axis=1)
     residuals = 0.3 * torch.randn(40, CHANNELS, SIDE, SIDE)
     model = fit(torch.from_numpy(features).float(), residuals, GoodImages(0).raw_maps(40), categories=["nut"])
@@ -191,21 +224,24 @@ def test_scores_behind_thresholds_are_held_out(name):
 
 def test_deviations_behind_thresholds_are_held_out():
     """The same for location and deviation of the raw maps, which are those of six images here."""
-    good = GoodImages(seed=3)
-    draws = good.draw(6)
-    model = fit(*draws)
-    z = (draws[2] - model.location[0, :-2]) / model.scale[0, :-2]
+    features, residuals, raw_maps = GoodImages(seed=3).draw(6)
+    raw_maps += 2 * torch.randn(6, 3 * len(TIMESTEPS), 1, 1)  # each image lies high or low as a whole
+    model = fit(features, residuals, raw_maps)
+    z = (raw_maps - model.location[0, :-2]) / model.scale[0, :-2]
     assert z.square().mean() < 1.02  # in their own units the images deviate by 1 at most
     # held out they deviate by more, which the scale of the combined maps has taken in
-    assert model.map_scale[0, 1:3].min() > z.unflatten(1, (3, -1)).mean(2).std() * 1.02
+    seen = z.unflatten(1, (3, -1)).mean(2).transpose(0, 1).flatten(1).std(1)
+    held_out = model.map_scale[0, [SCORE_TYPES.index(name) for name in ("pixel", "feature", "rgb")]]
+    assert (held_out > 1.05 * seen).all()
 
 
 def test_only_the_last_images_are_scored(fitted_on):
     features, residuals, raw_maps = fitted_on
     model = fit(features, residuals, raw_maps[:30])
     assert model.config.num_scores == 30 and model.good_scores.shape == (len(SCORE_TYPES), 30)
-    mean = projected(model, features).mean(0)
-    np.testing.assert_allclose(model.mean[0, 0], mean, rtol=1e-3, atol=1e-3)  # the Gaussian is of all
+    for kind, x in (("feature", features), ("residual", residuals)):  # the Gaussians are of all
+        mean = projected(model, x, kind).mean(0)
+        np.testing.assert_allclose(model.get_buffer(f"{kind}_mean")[0], mean, rtol=1e-3, atol=1e-3)
 
 
 # Calibrated maps and scores
@@ -228,22 +264,74 @@ def test_good_image_scores_have_about_zero_mean_and_unit_deviation(fresh, name):
 
 def test_the_fused_map_is_the_weighted_sum(model, fresh):
     maps = fresh[0]
-    weighted = sum(
-        w * maps[name]
-        for w, name in zip(model.config.weights, ("pixel", "feature", "residual", "mahalanobis"), strict=True)
-    )
+    weighted = sum(w * maps[name] for w, name in zip(model.config.weights, PARTS, strict=True))
     ratio = weighted / maps["fused"]
     torch.testing.assert_close(ratio, torch.full_like(ratio, model.map_scale[0, 0].item()), rtol=1e-2, atol=1e-3)
+
+
+def test_the_fused_image_score_has_weights_of_its_own(fitted_on):
+    """The fused map here is one part, the fused score that of another."""
+    model = fit(*fitted_on, weights=(0.0, 0.0, 0.0, 1.0), image_weights=(0.0, 1.0, 0.0, 0.0))
+    maps, scores = score(model, *GoodImages(seed=1).draw(50))
+    torch.testing.assert_close(maps["fused"], maps["mahalanobis"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scores["fused"], scores["feature"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores["fused"], scores["mahalanobis"], atol=0.5)
+
+
+def test_the_fused_image_score_is_of_the_weighted_sum(fitted_on):
+    """Up to its unit it is the mean of the sum's largest values; the threshold's scores are made alike."""
+    weights = (0.1, 0.2, 0.3, 0.4)
+    model = fit(*fitted_on, image_weights=weights)
+    maps, scores = score(model, *GoodImages(seed=1).draw(50))
+    weighted = sum(w * maps[name].double().numpy() for w, name in zip(weights, PARTS, strict=True))
+    largest = np.sort(weighted.reshape(50, -1))[:, -CONFIG["top_k"] :].mean(1)
+    slope, offset = np.polyfit(largest, scores["fused"].double().numpy(), 1)
+    assert slope == pytest.approx(1 / model.score_scale[0, 0].item(), rel=1e-3)
+    np.testing.assert_allclose(scores["fused"], slope * largest + offset, atol=1e-3)
+    assert model.good_scores[0].mean().item() == pytest.approx(0.0, abs=1e-3)
+    assert model.good_scores[0].std().item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_context_adds_the_mean_over_the_neighbourhood(fitted_on):
+    """Over as much of a 9 x 9 window as lies on the map; the other maps and the image score do without."""
+    draws = GoodImages(seed=1).draw(5)
+    plain, model = fit(*fitted_on), fit(*fitted_on, context=2.0)
+    (without, scores_without), (maps, scores) = score(plain, *draws), score(model, *draws)
+    parts = sum(w * maps[name].double().numpy() for w, name in zip(model.config.weights, PARTS, strict=True))
+    expected = np.zeros_like(parts)
+    for n, row, column in np.ndindex(parts.shape):
+        window = parts[n, max(row - 4, 0) : row + 5, max(column - 4, 0) : column + 5]
+        expected[n, row, column] = parts[n, row, column] + 2.0 * window.mean()
+    np.testing.assert_allclose(maps["fused"] * model.map_scale[0, 0], expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(maps["fused"], without["fused"], atol=0.1)
+    for name in PARTS + ("rgb",):
+        torch.testing.assert_close(maps[name], without[name])
+    torch.testing.assert_close(scores["fused"], scores_without["fused"])
+
+
+def test_locations_and_deviations_are_averaged_over_neighbours_and_drawn_to_all_positions(model, fitted_on):
+    """Moments over 3 x 3 positions, those of all positions counting as ten more images; the distances share theirs."""
+    raw = fitted_on[2].double().numpy()
+    moments = np.stack([raw.mean(0), (raw**2).mean(0)])
+    mixed = np.zeros_like(moments)
+    for row, column in np.ndindex(MAP, MAP):
+        window = moments[..., max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+        mixed[..., row, column] = (COUNT * window.mean((-2, -1)) + 10 * moments.mean((-2, -1))) / (COUNT + 10)
+    np.testing.assert_allclose(model.location[0, :-2], mixed[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.scale[0, :-2], np.sqrt(mixed[1] - mixed[0] ** 2), rtol=1e-2)
+    for buffer in (model.location[0, -2:], model.scale[0, -2:]):
+        assert torch.equal(buffer, buffer[:, :1, :1].expand_as(buffer))
+    assert model.location[0, -2:].mean().item() == pytest.approx(DIRECTIONS**0.5, rel=0.15)
 
 
 def test_a_defect_stands_out_where_it_is(model):
     draws = GoodImages(seed=4).draw(1)
     for values in draws:
-        values[:, :, 2:4, 4:6] += 8.0
+        values[:, :, 4:8, 8:12] += 8.0
     maps, scores = score(model, *draws)
     for name in SCORE_TYPES:
         row, column = np.unravel_index(maps[name][0].argmax().item(), (MAP, MAP))
-        assert 1 <= row <= 4 and 3 <= column <= 6, name
+        assert 3 <= row <= 8 and 7 <= column <= 12, name
         assert model.p_value(scores[name], name)[0] < 0.01, name
 
 
@@ -255,17 +343,19 @@ def test_scores_do_not_depend_on_the_batch(model):
 
 
 def test_raw_maps_are_stacked_on_one_grid():
-    """KL and RGB difference enter by their logs, after averaging."""
+    """KL and RGB difference enter by their logs, after averaging; the two distances come last."""
     kl, rgb = torch.rand(2, 2, 2, 16, 16)
     kl[0, 0, :2, :2] = 0.0
     error = torch.rand(2, 2, 4, 4)
-    distances = torch.rand(2, 2, 4, 4)
+    distances = torch.rand(2, 2, 2), torch.rand(2, 4, 4)  # of the residuals, of the features
     stacked = stack_raw_maps(kl, error, rgb, 8, *distances)
+    assert stacked.shape == (2, 8, 8, 8)
     assert torch.equal(stack_raw_maps(kl, error, rgb, 8), stacked[:, :6])
     torch.testing.assert_close(stacked[:, :2], F.avg_pool2d(kl, 2).clamp_min(1e-6).log())
     torch.testing.assert_close(stacked[:, 2:4], F.interpolate(error, (8, 8), mode="bilinear"))
     torch.testing.assert_close(stacked[:, 4:6], F.avg_pool2d(rgb, 2).log())
-    torch.testing.assert_close(stacked[:, 6:], F.interpolate(distances.transpose(0, 1), (8, 8), mode="bilinear"))
+    for channel, distance in zip(stacked[:, 6:].split(1, dim=1), distances, strict=True):
+        torch.testing.assert_close(channel, F.interpolate(distance[:, None], (8, 8), mode="bilinear"))
     assert stacked.isfinite().all()
 
 
@@ -359,13 +449,17 @@ def test_each_category_has_its_own_units(two_categories):
 def test_a_batch_may_mix_categories(two_categories):
     model, images = two_categories
     features = torch.cat([good.features(1) for good in images])
-    mixed = model.distance(features, [0, 1])
-    torch.testing.assert_close(mixed[0], model.distance(features[:1], [0])[0])
-    torch.testing.assert_close(mixed[1], model.distance(features[1:], [1])[0])
+    for kind in GRIDS:
+        mixed = model.distance(features, [0, 1], kind)
+        torch.testing.assert_close(mixed[0], model.distance(features[:1], [0], kind)[0])
+        torch.testing.assert_close(mixed[1], model.distance(features[1:], [1], kind)[0])
 
 
 def test_several_categories_share_covariances_among_neighbours(model, two_categories):
-    assert model.config.gaussian_blocks == GRID and two_categories[0].config.gaussian_blocks == GRID // 2
+    for kind, grid in GRIDS.items():
+        assert model.get_buffer(f"{kind}_mean").shape[-2:] == (grid, grid)
+        assert model.get_buffer(f"{kind}_whitening").shape[:2] == (1, grid**2)
+        assert two_categories[0].get_buffer(f"{kind}_whitening").shape[:2] == (2, (grid // 2) ** 2)
 
 
 # Refusals and files
@@ -383,8 +477,8 @@ def test_an_unknown_score_type_is_refused(model):
 
 
 def test_save_and_load_are_bit_exact_in_half_precision(fitted_on, tmp_path):
-    features = fitted_on[0][:20]
-    model = fit(*(x[:20] for x in fitted_on)).half()
+    draws = [x[:20] for x in fitted_on]
+    model = fit(*draws).half()
     model.save_pretrained(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     loaded = NormalityModel.from_pretrained(tmp_path)
@@ -393,7 +487,9 @@ def test_save_and_load_are_bit_exact_in_half_precision(fitted_on, tmp_path):
     assert saved.keys() == restored.keys()
     for name, buffer in saved.items():
         assert torch.equal(buffer.float(), restored[name].float()), name
-    assert torch.equal(loaded.distance(features, [0] * 20), model.float().distance(features, [0] * 20))
+    model.float()
+    for kind, x in zip(GRIDS, draws[:2], strict=True):
+        assert torch.equal(loaded.distance(x, [0] * 20, kind), model.distance(x, [0] * 20, kind))
 
 
 def test_half_precision_changes_little(model, fitted_on, tmp_path):

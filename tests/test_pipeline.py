@@ -101,6 +101,29 @@ def test_paper_mode_is_ran_to_the_letter(pipeline, good_images):
     assert output.p_value is None and output.mask is None and output.mahalanobis_map is None
 
 
+def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipeline, good_images):
+    """Over timesteps and draws; the map of it is the calibrated distance of their Gaussian."""
+    processor, scheduler, normality = pipeline.image_processor, pipeline.scheduler, pipeline.normality
+    x_0, sizes = processor.preprocess(good_images[:2])
+    with torch.no_grad():
+        features = pipeline.feature_extractor(x_0)
+        kl, error, rgb, residuals = pipeline.raw_scores(x_0, features, None, TIMESTEPS, num_noise_samples=2)
+        expected = torch.zeros_like(features)
+        for t in TIMESTEPS:
+            noise = torch.randn(1, *x_0.shape[1:], generator=torch.Generator().manual_seed(t))
+            for mirrored in (noise, -noise):
+                x_t = scheduler.add_noise(x_0, mirrored.repeat(2, 1, 1, 1), torch.tensor([t, t]))
+                expected += (features - pipeline.unet(x_t, torch.tensor([t, t])).features) / 6
+    assert kl.shape == rgb.shape == (2, 3, *x_0.shape[-2:]) and error.shape == (2, 3, *features.shape[-2:])
+    torch.testing.assert_close(residuals, expected, rtol=1e-4, atol=1e-4)
+    distance = normality.distance(residuals, [0, 0], "residual")[:, None]
+    assert distance.shape[-1] == features.shape[-1] // 4
+    z = torch.nn.functional.interpolate(distance, (16, 16), mode="bilinear")[:, 0] - normality.location[0, -2]
+    z = z / normality.scale[0, -2] / normality.map_scale[0, 3]
+    output = pipeline(good_images[:2], num_noise_samples=2)
+    np.testing.assert_allclose(output.residual_map, np.stack(processor.resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
+
+
 def test_antithetic_draws_are_mirrored(pipeline):
     from rad.pipeline_rad import _noise
 

@@ -114,6 +114,28 @@ def test_severity_raises_contrast(kind, parts):
     assert low < middle < high and high > 1.5 * low
 
 
+def test_the_least_strength_follows_the_texture(monkeypatch):
+    strengths, paint = [], synthetic._PAINTERS["hole"]
+
+    def spy(patch, x, y, strength, *others):
+        strengths.append(strength)
+        return paint(patch, x, y, strength, *others)
+
+    monkeypatch.setitem(synthetic._PAINTERS, "hole", spy)
+    noise = np.random.default_rng(0).standard_normal((128, 128, 1)).repeat(3, -1)
+    least = []
+    for deviation in (0, 12, 90):  # smooth, busy, very busy
+        image = (128 + deviation * noise).clip(0, 255).astype(np.uint8)
+        first = []
+        for severity in (0.0, 0.5, 1.0):
+            strengths.clear()
+            add_defect(image, "hole", severity, np.random.default_rng(0))
+            first.append(strengths[0])
+        assert first[1] == pytest.approx((first[0] + 1) / 2) and first[2] == pytest.approx(1)
+        least.append(first[0])
+    assert least == [pytest.approx(0.25), pytest.approx(0.25 + 3.5 * 12 / 255, abs=0.03), pytest.approx(0.8)]
+
+
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_any_photograph(kind):
     coins = np.repeat(data.coins()[:200, :331, None], 3, -1)

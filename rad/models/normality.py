@@ -31,7 +31,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         gaussian_size: Side of the grid of the features' Gaussian, that of the residuals' is half of it; both are
             averaged down to their grid.
         gaussian_channels: Both are projected to this many orthonormal directions.
-        gaussian_block: Side in positions of the blocks that share a covariance.
+        gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids.
         map_size: Side of the grid of calibrated maps.
         weights: Of the KL, feature error, residual and Mahalanobis maps in the fused map.
         image_weights: Likewise in the map whose largest values make the fused image score: what finds a defect's
@@ -63,6 +63,11 @@ class NormalityModel(ModelMixin, ConfigMixin):
         super().__init__()
         num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2, gaussian_channels
         self.register_buffer("projection", torch.zeros(feature_channels, channels))
+        if gaussian_size < 2 or gaussian_size % gaussian_block or gaussian_size // 2 % gaussian_block:
+            raise ValueError(
+                f"gaussian_block {gaussian_block} must divide both grids of the Gaussians, {gaussian_size} and "
+                f"{gaussian_size // 2}, and the coarser one needs at least 1 position."
+            )
         for kind, size in (("feature", gaussian_size), ("residual", gaussian_size // 2)):
             self.register_buffer(f"{kind}_mean", torch.zeros(num_categories, channels, size, size))
             # Lower triangle of the inverse Cholesky factor W of each covariance: |W (f - mean)| is the distance
@@ -136,7 +141,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         maps = {name: part.mean(1) / scale[name] for name, part in zip(names, parts, strict=True)}
         fused = _weighted(maps, self.config.weights)
         if self.config.context:
-            side = z.shape[-1] // 2 + 1
+            side = z.shape[-1] // 4 * 2 + 1
             mean = F.avg_pool2d(fused[:, None], side, stride=1, padding=side // 2, count_include_pad=False)[:, 0]
             fused = fused + self.config.context * mean
         return {"fused": fused / scale["fused"], **maps}
@@ -233,7 +238,10 @@ class NormalityModel(ModelMixin, ConfigMixin):
                 )
         size = features.shape[-1] // 2
         several = len(categories) > 1
-        defaults = {"gaussian_block": 2 if several else 1, "gaussian_channels": 96 if several else 140}
+        defaults = {
+            "gaussian_block": 2 if several and size % 4 == 0 else 1,
+            "gaussian_channels": 88 if several else 140,
+        }
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
