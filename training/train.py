@@ -148,6 +148,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Models
     extractor = load_extractor(args).to(accelerator.device)
+    extractor.register_to_config(_name_or_path=extractor.config["backbone"])  # not a path of this machine
     extractor.calibrate((images[i : i + 16].to(accelerator.device) / 127.5 - 1) for i in range(0, len(images), 16))
     scheduler = RADScheduler()
     num_classes = len(categories) if len(categories) > 1 else 0
