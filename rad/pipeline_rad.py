@@ -420,16 +420,17 @@ class RADPipeline(DiffusionPipeline):
     def restore(
         self,
         image: PipelineImageInput,
-        num_steps: int = 100,
+        num_steps: int = 150,
         step_size: float = 0.02,
         denoise_every: int = 5,
-        denoise_timestep: int | None = None,
+        anneal: float = 0.2,
         class_labels: str | int | list[str | int] | None = None,
         keep_normal: bool = True,
         seed: int = 0,
     ) -> RADRestorationOutput:
         """Gradient denoising (RAN, algorithm 1): the gradient of the Mahalanobis distance removes the anomaly, the
-        diffusion model removes the gradient's noise.
+        diffusion model removes the gradient's noise. The distance is squared here, so that the worst positions weigh
+        most, and the steps shrink, so that they settle; RAN does neither.
 
         Stops when the image is as close to normal as a typical good one.
 
@@ -439,23 +440,20 @@ class RADPipeline(DiffusionPipeline):
             step_size: s; each step scales the image by sqrt(1 - s^2) and moves it by s standardised gradients, so that
                 it is a diffusion step of variance s^2.
             denoise_every: Denoise after this many steps.
-            denoise_timestep: Step of the full chain to denoise at; by default RAN's 8 of 250, which is 32.
+            anneal: The step size and the timestep of the denoising, RAN's 8 of 250, fall linearly to this fraction.
             class_labels: As in scoring.
             keep_normal: Leave what the anomaly map calls normal as it was.
             seed: Of the noise in scoring.
         """
         if self.normality is None:
             raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
-        if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1:
+        if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1 or not 0 < anneal <= 1:
             raise ValueError(
-                "num_steps and denoise_every must be at least 1 and step_size between 0 and 1, "
-                f"got {num_steps}, {denoise_every} and {step_size}."
+                "num_steps and denoise_every must be at least 1 and step_size and anneal between 0 and 1, "
+                f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
             )
-        if denoise_timestep is None:
-            denoise_timestep = self.scheduler.respaced_to_full([8])[0]
         images = list(image) if isinstance(image, list | tuple) else [image]
         labels = self._check_labels(class_labels, len(images))
-        t = torch.tensor([denoise_timestep], device=self._execution_device)
 
         output = RADRestorationOutput(images=[], intermediates=[], distances=[])
         for one, label in zip(images, labels, strict=True):
@@ -473,15 +471,18 @@ class RADPipeline(DiffusionPipeline):
                     with torch.enable_grad():
                         x = x.detach().requires_grad_()
                         distance = self.normality.distance(self.feature_extractor(x), [label])
-                        (gradient,) = torch.autograd.grad(distance.mean(), x)
+                        (gradient,) = torch.autograd.grad(distance.square().mean(), x)
                     distances.append(float(self._distance_score(distance.detach(), label)))
                     if distances[-1] <= 0.0 or step == num_steps:
                         break
                     # 2. A diffusion step whose noise is the gradient
-                    gradient = gradient * (1 - keep)
-                    x = (1 - step_size**2) ** 0.5 * x.detach() - step_size * gradient / _std(gradient, 1 - keep)
+                    fraction = 1 + (anneal - 1) * step / num_steps
+                    s, gradient = step_size * fraction, gradient * (1 - keep)
+                    x = (1 - s**2) ** 0.5 * x.detach() - s * gradient / _std(gradient, 1 - keep)
                     # 3. Denoise now and then
                     if (step + 1) % denoise_every == 0:
+                        t = self.scheduler.respaced_to_full([round(8 * fraction)])
+                        t = torch.tensor(t, device=self._execution_device)
                         prediction = self.unet(x, t, unet_labels)
                         x, _, _ = self.scheduler.model_distribution(
                             prediction.sample, prediction.variance, x, t, respaced=True
@@ -505,9 +506,9 @@ class RADPipeline(DiffusionPipeline):
         """Soft mask [1, 1, S, S] of what is left as it was: 1 where the anomaly map is normal, 0 at defects."""
         resolution = self.config.resolution
         found = self(image, class_labels=label, seed=seed)
-        anomalous = torch.from_numpy(found.anomaly_map > self.normality.pixel_threshold(0.05))[None].float()
+        anomalous = torch.from_numpy(found.anomaly_map > self.normality.pixel_threshold(0.005))[None].float()
         anomalous = F.interpolate(anomalous, (resolution, resolution), mode="nearest")
-        radius = resolution // 32
+        radius = max(2, resolution // 64)
         anomalous = F.max_pool2d(anomalous, 2 * radius + 1, stride=1, padding=radius)
         blur = radius // 2
         anomalous = F.avg_pool2d(anomalous, 2 * blur + 1, stride=1, padding=blur, count_include_pad=False)
