@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="By default a GPU if there is one.")
-    parser.add_argument("--output_dir", help="Write results.json, results.md and maps.npz here.")
+    parser.add_argument("--output_dir", help="Write results.json and results.md here.")
     return parser.parse_args(argv)
 
 
@@ -247,7 +247,6 @@ def main(args: argparse.Namespace) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(report, indent=2))
         (folder / "results.md").write_text(to_markdown(results) + "\n")
-        np.savez_compressed(folder / "maps.npz", **{n: m.astype(np.float16) for n, m in found["maps"].items()})
     return report
 
 
