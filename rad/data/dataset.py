@@ -19,7 +19,7 @@ class Sample:
         image: Path of the image.
         category: What the image shows, "bottle" for example.
         defect: "good" or the kind of defect.
-        mask: Path of the ground-truth mask (non-zero = defect); None for good images and where no mask is known.
+        mask: Path of the ground-truth mask (255 = defect); None for good images and where no mask is known.
     """
 
     image: Path
@@ -70,7 +70,7 @@ class AnomalyDataset(Dataset):
             mask = image.convert("L")
             if size is not None:
                 mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
-            mask = np.asarray(mask) > 0
+            mask = np.asarray(mask) > 127  # 255 is a defect; JPEG-like fringes around it are not
         return mask if mask.any() else None
 
 
