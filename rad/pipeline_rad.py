@@ -107,7 +107,7 @@ class RADPipeline(DiffusionPipeline):
         feature_extractor: Frozen ImageNet features.
         normality: Statistics of good images; None until `fit_normality`, and then only `mode="paper"` works.
         resolution: Images are resized to this square; maps are resized back.
-        num_noise_samples: Noise draws at each timestep by default, in antithetic pairs.
+        num_noise_samples: Noise draws at each timestep by default, antithetic pairs from two on.
     """
 
     model_cpu_offload_seq = "feature_extractor->unet->normality"
@@ -171,7 +171,8 @@ class RADPipeline(DiffusionPipeline):
             image: One image or a list; see `RADImageProcessor.decode` for what is accepted.
             timesteps: Steps of the full chain on the respaced one; by default those of the normality model, which
                 calibrated scores are fitted to, or RAN's 20, 201, 401.
-            num_noise_samples: Noise draws at each timestep, in antithetic pairs.
+            num_noise_samples: Noise draws at each timestep, antithetic pairs from two on. Calibrated KL and RGB scores
+                are in units of good images under the draws they were fitted with: other draws shift them.
             class_labels: Category of each image, or one for all, by name or number; by default the category whose good
                 images each one resembles most.
             mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distances fused) or
@@ -179,7 +180,7 @@ class RADPipeline(DiffusionPipeline):
             score_type: Which map decides: "fused", "pixel" (KL), "feature" (error), "residual" (Mahalanobis distance
                 of what the prediction of features leaves), "mahalanobis" (of the features) or "rgb".
             false_alarm_rate: Share of good images that may be called anomalous.
-            seed: Of the noise.
+            seed: Of the noise; the one `fit_normality` used (0) unless you refit with another.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
             output_type: "np" for NumPy arrays, "pt" for CPU tensors.
 
@@ -348,6 +349,8 @@ class RADPipeline(DiffusionPipeline):
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         holdout_images = list(holdout_images or [])
+        if not images:
+            raise ValueError("The list of good images is empty: give at least two.")
         names = list(categories or ["object"] * len(images)) + list(
             holdout_categories or ["object"] * len(holdout_images)
         )
@@ -432,7 +435,7 @@ class RADPipeline(DiffusionPipeline):
         diffusion model removes the gradient's noise. The distance is squared here, so that the worst positions weigh
         most, and the steps shrink, so that they settle; RAN does neither.
 
-        Stops when the image is as close to normal as a typical good one.
+        Stops when the image is as close to normal as a typical good one, at once when there is nothing to change.
 
         Args:
             image: One image or a list.
@@ -453,6 +456,8 @@ class RADPipeline(DiffusionPipeline):
                 f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
             )
         images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images:
+            raise ValueError("The list of images is empty: give at least one image.")
         labels = self._check_labels(class_labels, len(images))
 
         output = RADRestorationOutput(images=[], intermediates=[], distances=[])
@@ -473,7 +478,7 @@ class RADPipeline(DiffusionPipeline):
                         distance = self.normality.distance(self.feature_extractor(x), [label])
                         (gradient,) = torch.autograd.grad(distance.square().mean(), x)
                     distances.append(float(self._distance_score(distance.detach(), label)))
-                    if distances[-1] <= 0.0 or step == num_steps:
+                    if distances[-1] <= 0.0 or step == num_steps or bool((keep == 1).all()):
                         break
                     # 2. A diffusion step whose noise is the gradient
                     fraction = 1 + (anneal - 1) * step / num_steps
@@ -589,7 +594,8 @@ def _paper_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor) -> dic
 
 def _std(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Standard deviation of a zero-mean gradient over the pixels that may change."""
-    return (gradient.square().sum() / (weight.sum() * gradient.shape[1])).clamp_min(1e-24).sqrt()
+    count = (weight.sum() * gradient.shape[1]).clamp_min(1)  # nothing may change where all is normal
+    return (gradient.square().sum() / count).clamp_min(1e-24).sqrt()
 
 
 def _stack(maps: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:

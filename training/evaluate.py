@@ -174,11 +174,13 @@ def measure_restoration(args: argparse.Namespace, pipeline: RADPipeline, images:
     """
     anomalous = [item for item in images if item["label"] and item["mask"] is not None]
     anomalous = [anomalous[i] for i in evenly(len(anomalous), args.restore)]
+    known = [] if args.infer_category else pipeline.normality.config.categories
     passed, fidelity, steps = [], [], []
     for item in tqdm(anomalous, desc="Restoring"):
         image = pipeline.image_processor.decode(item["image"])
-        restored = pipeline.restore(image, class_labels=item["category"], seed=args.seed)
-        again = pipeline(restored.images[0], class_labels=item["category"], seed=args.seed, false_alarm_rate=0.01)
+        label = item["category"] if item["category"] in known else None
+        restored = pipeline.restore(image, class_labels=label, seed=args.seed)
+        again = pipeline(restored.images[0], class_labels=label, seed=args.seed, false_alarm_rate=0.01)
         passed.append(not again.is_anomalous[0])
         steps.append(len(restored.distances[0]) - 1)
         mask = np.asarray(Image.fromarray(item["mask"]).resize(image.size, Image.Resampling.NEAREST))

@@ -126,6 +126,10 @@ def main(args: argparse.Namespace) -> None:
     # 1. Data: decoded once; a share of the good images is kept away from training, for the thresholds
     dataset = load_dataset(args.train_data_dir, args.dataset_format, "train", args.category)
     categories = dataset.categories
+    for category in categories:
+        count = sum(sample.category == category for sample in dataset.samples)
+        if count < 10:
+            raise ValueError(f"Category {category!r} has {count} good images; training needs at least 10.")
     processor = RADImageProcessor(args.resolution)
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
     num_holdout = int(args.holdout_fraction * len(dataset))
@@ -148,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Models
     extractor = load_extractor(args).to(accelerator.device)
-    extractor.register_to_config(_name_or_path=extractor.config["backbone"])  # not a path of this machine
+    extractor.register_to_config(_name_or_path=extractor.config["backbone"])  # a name, not a local path
     extractor.calibrate((images[i : i + 16].to(accelerator.device) / 127.5 - 1) for i in range(0, len(images), 16))
     scheduler = RADScheduler()
     num_classes = len(categories) if len(categories) > 1 else 0
@@ -184,6 +188,7 @@ def main(args: argparse.Namespace) -> None:
         latest = args.resume_from_checkpoint == "latest"
         checkpoint = latest_checkpoint(output_dir) if latest else Path(args.resume_from_checkpoint)
         accelerator.load_state(str(checkpoint))
+        ema.to(accelerator.device)  # accelerate loads it to the CPU
         step = int(checkpoint.name.split("-")[1])
     num_parameters = sum(p.numel() for p in unet.parameters())
     logger.info(
@@ -273,6 +278,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int) -> No
     folder = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".partial-{step}"
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

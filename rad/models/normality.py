@@ -240,7 +240,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         several = len(categories) > 1
         defaults = {
             "gaussian_block": 2 if several and size % 4 == 0 else 1,
-            "gaussian_channels": 88 if several else 140,
+            "gaussian_channels": min(88 if several else 140, features.shape[1]),
         }
         model = cls(
             categories=tuple(categories),

@@ -122,6 +122,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"The sides of the image must be multiples of {self.stride} pixels, got {tuple(sample.shape[-2:])}."
             )
+        if class_labels is not None and not self.config.categories:
+            raise ValueError("class_labels were given, but this network was trained without categories.")
         unet, batch = self.unet, sample.shape[0]
 
         # 1. Time and category embedding
