@@ -111,8 +111,7 @@ class Inspection:
 
 @functools.lru_cache(maxsize=2)
 def load(model: str) -> RADPipeline:
-    pipe = RADPipeline.from_embedded(model) if model in EMBEDDED_MODELS else RADPipeline.from_pretrained(model)
-    return pipe.to(os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return RADPipeline.load(model).to(os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def one_sentence(action: Callable) -> Callable:

@@ -17,8 +17,7 @@ def main() -> None:
     parser.add_argument("--output", default="heatmap.png", help="Where the heatmap over the picture goes.")
     args = parser.parse_args()
 
-    embedded = args.model in EMBEDDED_MODELS
-    pipeline = RADPipeline.from_embedded(args.model) if embedded else RADPipeline.from_pretrained(args.model)
+    pipeline = RADPipeline.load(args.model)
     pipeline.set_progress_bar_config(disable=True)
     start = time.monotonic()
     output = pipeline(args.image, class_labels=args.category, false_alarm_rate=args.false_alarm_rate)

@@ -4,27 +4,43 @@ RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et 
 """
 
 import json
+import os
+import sys
+import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from scipy import ndimage
 
+from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
 from .image_processor import PipelineImageInput, RADImageProcessor
+from .model_card import create_model_card
 from .models.feature_extractor import RADFeatureExtractor
 from .models.normality import SCORE_TYPES, NormalityModel, stack_raw_maps
 from .models.unet_rad import RADUNet2DModel
 from .scheduler_rad import RADScheduler
 
+if TYPE_CHECKING:
+    import accelerate  # not a plain import line: diffusers demands what those in a repository's code name
+
 EMBEDDED_DIR = Path(__file__).parent / "pretrained"
 EMBEDDED_MODELS = ("synthetic", "mtd")
+COMPONENTS = {
+    "unet": RADUNet2DModel,
+    "scheduler": RADScheduler,
+    "feature_extractor": RADFeatureExtractor,
+    "normality": NormalityModel,
+}
 
 
 @dataclass(frozen=True)
@@ -130,22 +146,133 @@ class RADPipeline(DiffusionPipeline):
     # -- loading --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "RADPipeline":
-        """As in diffusers; weights are read from safetensors only.
-
-        Raises:
-            OSError: A file of a local pipeline is missing or damaged; the message names it.
-        """
-        if Path(pretrained_model_name_or_path).is_dir():
-            check_pipeline_folder(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True} | kwargs)
+    def load(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> "RADPipeline":
+        """An embedded model by its name, or else a folder or Hub id."""
+        return (cls.from_embedded if name_or_path in EMBEDDED_MODELS else cls.from_pretrained)(name_or_path, **kwargs)
 
     @classmethod
     def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> "RADPipeline":
         """A pipeline that comes with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
         if name not in EMBEDDED_MODELS:
-            raise ValueError(f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {name!r}.")
+            raise ValueError(
+                f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {str(name)!r}. "
+                "Folders and Hub ids go to from_pretrained."
+            )
         return cls.from_pretrained(EMBEDDED_DIR / name, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "RADPipeline":
+        """As in diffusers, from a folder or the Hub, with two promises: weights are read from safetensors only, and no
+        code of the folder or repository is ever run, whatever `trust_remote_code` says.
+
+        Raises:
+            OSError: A file is missing or damaged, the pipeline names classes other than this package's, or the Hub can
+                not or will not deliver; one sentence says which.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        kwargs["trust_remote_code"] = False
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors must be True: other weights can run code when they are read.")
+        if Path(name).is_dir():
+            check_pipeline_folder(Path(name), kwargs.get("variant"), passed=kwargs)
+        else:
+            check_repo_id(name)
+        return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Downloads the configurations and the weights of one variant to the cache; returns their folder.
+
+        Args:
+            pretrained_model_name: "user/repo".
+            kwargs: variant, revision, token, cache_dir, local_files_only and force_download; components by name are
+                not downloaded, what else `from_pretrained` takes is left alone.
+        """
+        options = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        options = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
+        folder = download(pretrained_model_name, [name for name in COMPONENTS if name not in kwargs], **options)
+        check_pipeline_folder(folder, kwargs.get("variant"), pretrained_model_name, passed=kwargs)
+        return str(folder)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """As in diffusers, with this package's classes in the place of a repository's own code for them."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config["_class_name"] = cls.__name__
+        for name, component in COMPONENTS.items():
+            if config.get(name, [None])[0] is not None:
+                config[name] = [component.__module__, component.__name__]
+        return config
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers: weights, configurations, and the code with which diffusers loads them without this package.
+
+        Args:
+            save_directory: Created if need be.
+            variant: Part of the weights' file names, such as "fp16"; convert the pipeline itself first.
+            push_to_hub: Also push to `repo_id`, by default the folder's name; further arguments as in `push_to_hub`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: other weights can run code when they are read.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        components = {name: type(module) for name, module in self.components.items() if module is not None}
+        # One file where this class itself was loaded from a repository
+        contents = (upload, RADImageProcessor, create_model_card, *COMPONENTS.values(), RADPipeline)
+        write_code(
+            Path(save_directory), list(dict.fromkeys(sys.modules[item.__module__] for item in contents)), components
+        )
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        card: ModelCard | None = None,
+        files: dict[str, Path] | None = None,
+    ) -> CommitInfo:
+        """Uploads all that `save_pretrained` writes and a model card in one commit: a reader sees all of it or none.
+
+        Args:
+            repo_id: "user/repo"; created if need be.
+            commit_message, private, token, create_pr, variant: As in diffusers.
+            card: From `create_model_card`. By default the repository's own stays, and a new one gets a card without
+                metrics.
+            files: Further files, such as the card's picture: where each goes in the repository, and where it is.
+
+        Raises:
+            OSError: In one sentence, whatever went wrong.
+        """
+        if card is None:
+            with one_sentence(repo_id):
+                keep = HfApi(token=token).file_exists(repo_id, "README.md")
+            card = None if keep else create_model_card(self, repo_id=repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if card is not None:
+                card.save(Path(folder) / "README.md")
+            return upload(
+                repo_id,
+                list_files(Path(folder)) | (files or {}),
+                commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
@@ -334,6 +461,7 @@ class RADPipeline(DiffusionPipeline):
         timesteps: list[int] | None = None,
         seed: int = 0,
         batch_size: int = 4,
+        accelerator: "accelerate.Accelerator | None" = None,
         **config: Any,
     ) -> None:
         """Fits what good images look like, with no training: seconds for tens of images.
@@ -345,17 +473,28 @@ class RADPipeline(DiffusionPipeline):
                 fold by fold.
             categories, holdout_categories: Category of each image; by default one, "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
+            seed: Of the noise.
+            batch_size: Images in one stacked pass of the U-Net.
+            accelerator: Of several processes, all of which pass the same lists: each scores its share of the images,
+                and all get the same statistics.
             config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
+
+        Raises:
+            ValueError: A bad image or argument, or too few images of a category; the message names it.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         holdout_images = list(holdout_images or [])
         if not images:
             raise ValueError("The list of good images is empty: give at least two.")
-        names = list(categories or ["object"] * len(images)) + list(
-            holdout_categories or ["object"] * len(holdout_images)
-        )
-        if len(names) != len(images) + len(holdout_images):
-            raise ValueError(f"{len(names)} categories were given for {len(images) + len(holdout_images)} images.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        names = ["object"] * len(images + holdout_images)
+        if categories or holdout_categories:
+            categories, holdout_categories = list(categories or []), list(holdout_categories or [])
+            for kind, given, of in (("", categories, images), ("holdout_", holdout_categories, holdout_images)):
+                if len(given) != len(of):
+                    raise ValueError(f"{len(given)} {kind}categories were given for {len(of)} {kind}images.")
+            names = categories + holdout_categories
         known = sorted(set(names))
         labels = [known.index(name) for name in names]
         if self.normality is not None:
@@ -364,29 +503,40 @@ class RADPipeline(DiffusionPipeline):
         if timesteps is not None or "timesteps" not in config:
             config["timesteps"] = timesteps or self.scheduler.respaced_to_full([5, 50, 100])
         config["timesteps"] = list(config["timesteps"])
+        channels, stride = self.feature_extractor.num_channels, self.feature_extractor.config.feature_stride
+        size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
         map_size = self.config.resolution // 4  # RAN's 64 x 64
 
-        features, residuals, raw_maps = [], [], []
-        everything = images + holdout_images
-        with self.progress_bar(total=len(everything)) as progress:
-            for start in range(0, len(everything), batch_size):
-                x_0, _ = self.image_processor.preprocess(everything[start : start + batch_size])
+        # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        share = slice(rank, None, world)
+        own, own_names = (images + holdout_images)[share], names[share]
+        unscored = len(images[share]) if holdout_images else 0
+
+        def reduce(part: torch.Tensor) -> torch.Tensor:
+            return part if world == 1 else accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
+
+        # 2. Score it, keeping no more than the Gaussians and the maps need
+        features = torch.empty(len(own), channels, size, size, dtype=torch.half)
+        residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
+        raw_maps = torch.empty(len(own) - unscored, 3 * len(config["timesteps"]), map_size, map_size)
+        with self.progress_bar(total=len(own)) as progress:
+            for start in range(0, len(own), batch_size):
+                stop = start + batch_size
+                x_0, _ = self.image_processor.preprocess(own[start:stop])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
                 f = self.feature_extractor(x_0)
-                unet_labels = self._unet_labels_of_names(names[start : start + batch_size])
+                unet_labels = self._unet_labels_of_names(own_names[start:stop])
                 kl, error, rgb, residual = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
-                features.append(f.half())
-                residuals.append(residual.half())
-                raw_maps.append(stack_raw_maps(kl, error, rgb, map_size))
+                features[start:stop] = F.adaptive_avg_pool2d(f.float(), size)
+                residuals[start:stop] = F.adaptive_avg_pool2d(residual, size // 2)
+                if stop > unscored:
+                    maps = stack_raw_maps(kl, error, rgb, map_size)[max(unscored - start, 0) :]
+                    raw_maps[max(start - unscored, 0) : stop - unscored] = maps
                 progress.update(len(x_0))
-        normality = NormalityModel.fit(
-            torch.cat(features),
-            torch.cat(residuals),
-            labels,
-            torch.cat(raw_maps)[len(images) if holdout_images else 0 :],
-            known,
-            **config,
-        )
+
+        # 3. Fit
+        normality = NormalityModel.fit(features, residuals, labels, raw_maps, known, share, reduce, **config)
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
 
@@ -541,36 +691,63 @@ def find_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[AnomalyRegio
     return sorted(regions, key=lambda region: -region.peak)
 
 
-def check_pipeline_folder(folder: Path) -> None:
-    """Raises OSError with one sentence if a file of a saved pipeline is missing or damaged."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except FileNotFoundError as error:
-        raise OSError(f"{folder} is no pipeline: it has no model_index.json.") from error
-    except ValueError as error:
-        raise OSError(f"{folder / 'model_index.json'} is damaged: it is not valid JSON ({error}).") from error
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+def check_pipeline_folder(
+    folder: Path, variant: str | None = None, name: str | None = None, passed: Collection[str] = ()
+) -> None:
+    """Raises OSError with one sentence if a saved pipeline is damaged, incomplete or of other classes than ours.
+
+    Args:
+        folder: Of the pipeline.
+        variant: Of the weights.
+        name: What to call it; by default the folder.
+        passed: Components that need not be there.
+    """
+    name = str(folder) if name is None else name
+    index = _read_json(folder / "model_index.json", f"{name} is no pipeline: it has no model_index.json.")
+    _check_class(name, "pipeline", index.get("_class_name"), RADPipeline)
+    for component, entry in index.items():
+        if component not in COMPONENTS and not isinstance(entry, list):
+            continue  # a number such as the resolution
+        if component.startswith("_") or component in passed or entry == [None, None]:
             continue
-        if name == "scheduler":
-            required = folder / name / "scheduler_config.json"
-        else:
-            required = folder / name / "config.json"
-            weights = sorted((folder / name).glob("*.safetensors"))
-            if not weights:
-                raise OSError(f"The pipeline {folder} is incomplete: {name}/ has no .safetensors file.")
-            for path in weights:
-                try:
-                    with safe_open(path, framework="pt") as file:
-                        file.keys()
-                except (SafetensorError, OSError) as error:
-                    raise OSError(f"{path} is damaged and can not be read ({error}).") from error
-        try:
-            json.loads(required.read_text())
-        except FileNotFoundError as error:
-            raise OSError(f"The pipeline {folder} is incomplete: {name}/{required.name} is missing.") from error
-        except ValueError as error:
-            raise OSError(f"{required} is damaged: it is not valid JSON ({error}).") from error
+        _check_class(name, component, entry, COMPONENTS.get(component))
+        config = "scheduler_config.json" if component == "scheduler" else "config.json"
+        missing = f"The pipeline {name} is incomplete: {component}/{config} is missing."
+        _read_json(folder / component / config, missing)
+        if component == "scheduler":
+            continue
+        dot = "" if variant is None else f".{variant}"
+        weights = [*(folder / component).glob(f"{WEIGHTS}{dot}.safetensors")]
+        weights += (folder / component).glob(f"{WEIGHTS}{dot}-*.safetensors")
+        if not weights:
+            raise OSError(
+                f"The pipeline {name} is incomplete: {component}/ has no {WEIGHTS}{dot}.safetensors; give the variant "
+                "it was saved with, if any. Other formats are not read."
+            )
+        for path in weights:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise OSError(f"{path} is damaged and can not be read ({error}).") from error
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OSError(missing) from error
+    except ValueError as error:
+        raise OSError(f"{path} is damaged: it is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def _check_class(name: str, part: str, entry: Any, expected: type | None) -> None:
+    """An entry of model_index.json is a class name or a module and a class name; ours is used, whatever the module."""
+    if expected is None or (entry[-1] if isinstance(entry, list) and entry else entry) != expected.__name__:
+        raise OSError(f"{name} is refused: its {part} is {entry!r}, which is no class of this package.")
 
 
 def _noise(seed: int, timestep: int, draws: int, like: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,20 @@
 
 import os
 
+from hub_server import HOME, HUB, HubServer
+
+# Read once, when the libraries are imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["HF_DATASETS_OFFLINE"] = "0"  # checks what HF_HUB_OFFLINE was at import, which the fixture hub changes
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = HOME.name
+os.environ["HF_TOKEN"] = ""
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from skimage import data
 
@@ -47,6 +56,15 @@ def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADP
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> HubServer:
+    """An empty Hub that can be reached, and an empty cache."""
+    HUB.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return HUB
 
 
 @pytest.fixture(scope="session")

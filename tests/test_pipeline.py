@@ -144,7 +144,7 @@ def test_save_and_load_are_bit_exact_and_safetensors_only(pipeline, good_images,
     before = pipeline(good_images[0])
     pipeline.save_pretrained(tmp_path)
     files = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
-    assert set(files) == {".json", ".safetensors"}
+    assert set(files) == {".json", ".safetensors", ".py"}
     loaded = RADPipeline.from_pretrained(tmp_path)
     after = loaded(good_images[0])
     for first, second in zip(maps_of(before), maps_of(after), strict=True):
@@ -289,5 +289,6 @@ def test_find_regions_agrees_with_the_mask():
 def test_model_index_names_our_classes(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"] == ["rad.models.unet_rad", "RADUNet2DModel"]
+    assert index["_class_name"] == ["pipeline_rad", "RADPipeline"]
+    assert index["unet"] == ["component_rad", "RADUNet2DModel"]
     assert index["resolution"] == 64

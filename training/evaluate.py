@@ -11,25 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
 
 from rad import RADPipeline
-from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
-from rad.data.synthetic import DEFECTS, add_defect
-from rad.metrics import aupro, image_auroc, pixel_ap, pixel_auroc, psnr
+from rad.data import DATASET_FORMATS, load_dataset
+from rad.evaluation import METRICS, evenly, measure_categories, pasted_defects, score_images, test_images
+from rad.metrics import psnr
 from rad.pipeline_rad import EMBEDDED_MODELS
-
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--data_dir", required=True, help="Folder of the data set.")
-    parser.add_argument("--dataset_format", default="mvtec", choices=DATASET_FORMATS, help="Layout of that folder.")
+    parser.add_argument(
+        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of that folder."
+    )
     parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
     parser.add_argument("--mode", default="calibrated", choices=("calibrated", "paper"))
     parser.add_argument("--infer_category", action="store_true", help="Let the pipeline guess each category.")
@@ -53,118 +52,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument("--output_dir", help="Write results.json and results.md here.")
     return parser.parse_args(argv)
-
-
-def load_pipeline(name: str) -> RADPipeline:
-    """An embedded model by its name, or a folder or Hub id."""
-    return RADPipeline.from_embedded(name) if name in EMBEDDED_MODELS else RADPipeline.from_pretrained(name)
-
-
-def evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of `count` positions, evenly spread."""
-    return (
-        list(range(count))
-        if limit is None or limit >= count
-        else np.linspace(0, count - 1, limit).round().astype(int).tolist()
-    )
-
-
-def load_test_images(args: argparse.Namespace, pipeline: RADPipeline) -> list[dict]:
-    """Test images: {"image", "mask" (bool at map_size, or None), "label", "category", "defect"}."""
-    decode, size = pipeline.image_processor.decode, (args.map_size, args.map_size)
-    if not args.pasted_defects:
-        dataset = load_dataset(args.data_dir, args.dataset_format, "test", args.category)
-        return [
-            {
-                "image": s.image,
-                "mask": dataset.mask(i, size),
-                "label": s.label,
-                "category": s.category,
-                "defect": s.defect,
-            }
-            for i in evenly(len(dataset), args.max_test_samples)
-            for s in [dataset[i]]
-        ]
-    dataset: AnomalyDataset = load_dataset(args.data_dir, args.dataset_format, "train", args.category)
-    images = []
-    for position, i in enumerate(evenly(len(dataset), args.pasted_defects)):
-        good, rng = decode(dataset[i].image), np.random.default_rng([args.seed, i])
-        kind = DEFECTS[position % len(DEFECTS)]
-        bad, mask = add_defect(np.asarray(good), kind, rng.uniform(0.1, 1.0), rng)
-        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        common = {"category": dataset[i].category}
-        images.append({"image": good, "mask": np.zeros(size, bool), "label": 0, "defect": "good", **common})
-        images.append(
-            {"image": Image.fromarray(bad), "mask": mask if mask.any() else None, "label": 1, "defect": kind, **common}
-        )
-    return images
-
-
-def score_images(
-    args: argparse.Namespace, pipeline: RADPipeline, images: list[dict]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Maps [N, map_size, map_size] and scores [N] of each score type, and the decisions."""
-    pipeline.set_progress_bar_config(disable=True)
-    known = [] if pipeline.normality is None else pipeline.normality.config.categories
-    maps, scores, alarms, categories = {}, {}, [], []
-    for start in tqdm(range(0, len(images), args.batch_size), desc="Scoring"):
-        batch = images[start : start + args.batch_size]
-        named = not args.infer_category and all(item["category"] in known for item in batch)
-        output = pipeline(
-            [item["image"] for item in batch],
-            class_labels=[item["category"] for item in batch] if named else None,
-            mode=args.mode,
-            num_noise_samples=args.num_noise_samples,
-            false_alarm_rate=args.false_alarm_rate,
-            seed=args.seed,
-            batch_size=args.batch_size,
-        )
-        for name, values in output.scores.items():
-            own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
-            resized = [
-                F.interpolate(torch.from_numpy(m)[None, None], (args.map_size,) * 2, mode="bilinear", antialias=True)
-                for m in own_size
-            ]
-            maps.setdefault(name, []).append(torch.cat(resized)[:, 0].numpy().astype(np.float32))
-            scores.setdefault(name, []).append(values)
-        if args.mode == "calibrated":
-            alarms.append(output.is_anomalous)
-            categories += output.category
-    return {
-        "maps": {name: np.concatenate(m) for name, m in maps.items()},
-        "scores": {name: np.concatenate(s) for name, s in scores.items()},
-        "alarms": np.concatenate(alarms) if alarms else None,
-        "categories": categories,
-    }
-
-
-def measure(images: list[dict], maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """The four metrics of one score; images without a known mask count at image level only."""
-    labels = np.array([item["label"] for item in images])
-    masked = [i for i, item in enumerate(images) if item["mask"] is not None]
-    masks = np.stack([images[i]["mask"] for i in masked])
-    return {
-        "image_auroc": image_auroc(scores, labels),
-        "pixel_auroc": pixel_auroc(maps[masked], masks),
-        "pixel_ap": pixel_ap(maps[masked], masks),
-        "aupro": aupro(maps[masked], masks, max_fpr=0.3),
-    }
-
-
-def measure_categories(images: list[dict], found: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics of each score for each category, and their means over categories as "mean"."""
-    names = sorted({item["category"] for item in images})
-    results = {}
-    for score_type in found["scores"]:
-        rows = {}
-        for name in names:
-            members = [i for i, item in enumerate(images) if item["category"] == name]
-            rows[name] = measure(
-                [images[i] for i in members], found["maps"][score_type][members], found["scores"][score_type][members]
-            )
-        rows["mean"] = {metric: float(np.mean([row[metric] for row in rows.values()])) for metric in METRICS}
-        results[score_type] = rows
-    return results
 
 
 def measure_restoration(args: argparse.Namespace, pipeline: RADPipeline, images: list[dict]) -> dict[str, float]:
@@ -211,11 +98,26 @@ def to_markdown(results: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> dict:
-    pipeline = load_pipeline(args.model)
+    pipeline = RADPipeline.load(args.model)
     pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    images = load_test_images(args, pipeline)
+    split, size = "train" if args.pasted_defects else "test", (args.map_size, args.map_size)
+    dataset = load_dataset(args.data_dir, args.dataset_format, split, args.category)
+    if args.pasted_defects:
+        images = pasted_defects(dataset, args.pasted_defects, size, args.seed)
+    else:
+        images = test_images(dataset, size, args.max_test_samples)
     start = time.monotonic()
-    found = score_images(args, pipeline, images)
+    found = score_images(
+        pipeline,
+        images,
+        map_size=args.map_size,
+        infer_category=args.infer_category,
+        mode=args.mode,
+        num_noise_samples=args.num_noise_samples,
+        false_alarm_rate=args.false_alarm_rate,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
     seconds = time.monotonic() - start
 
     results = measure_categories(images, found)

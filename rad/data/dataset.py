@@ -16,13 +16,13 @@ class Sample:
     """One image of a data set.
 
     Attributes:
-        image: Path of the image.
+        image: Path of the image, or an image opened but not decoded yet.
         category: What the image shows, "bottle" for example.
         defect: "good" or the kind of defect.
         mask: Path of the ground-truth mask (255 = defect); None for good images and where no mask is known.
     """
 
-    image: Path
+    image: Path | Image.Image
     category: str
     defect: str = "good"
     mask: Path | None = None

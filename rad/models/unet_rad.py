@@ -98,10 +98,33 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_named_config(cls, name: str, **overrides) -> "RADUNet2DModel":
-        """A network by name: "small" (the embedded checkpoints) or "ran" (as published), with random weights."""
+        """A network with random weights, by name: "small" (the embedded checkpoints, 8 M parameters), "base" (92 M, for
+        a GPU) or "ran" (as published, 553 M)."""
         if name not in NAMED_CONFIGS:
             raise ValueError(f"The model configuration must be one of {sorted(NAMED_CONFIGS)}, got {name!r}.")
         return cls(**(NAMED_CONFIGS[name] | overrides))
+
+    @torch.no_grad()
+    def with_categories(self, categories: tuple[str, ...]) -> "RADUNet2DModel":
+        """This network for other categories, to be trained further.
+
+        A category that it knows keeps its embedding; others start as the "unknown category". A network without labels
+        behaves as this one does on an unknown category.
+        """
+        model = RADUNet2DModel(**(dict(self.config) | {"categories": tuple(categories)}))
+        state_dict, known = self.state_dict(), list(self.config.categories)
+        rows = state_dict.pop("unet.class_embedding.weight", None)
+        if rows is None:
+            rows = torch.zeros(1, self.unet.time_embedding.linear_2.out_features)
+        if categories:
+            names = [*categories, None]
+            rows = [rows[known.index(name)] if name in known else rows[-1] for name in names]
+            state_dict["unet.class_embedding.weight"] = torch.stack(rows)
+        else:
+            bias = "unet.time_embedding.linear_2.bias"
+            state_dict[bias] = state_dict[bias] + rows[-1]
+        model.load_state_dict(state_dict)
+        return model
 
     @property
     def stride(self) -> int:
@@ -172,6 +195,14 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
 
 NAMED_CONFIGS = {
     "small": {},
+    "base": {
+        "patch_size": 2,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "block_out_channels": (128, 256, 384, 512),
+        "layers_per_block": 2,
+        "feature_block": 5,
+    },
     "ran": {
         "patch_size": 1,
         "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,

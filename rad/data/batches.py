@@ -1,0 +1,193 @@
+"""Training batches whose content depends on the seed and the batch's number alone: not on the process that asks, on
+how many there are, or on whether the run was interrupted."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+from ..image_processor import RADImageProcessor
+from .dataset import AnomalyDataset
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image of a batch.
+
+    Attributes:
+        index: Which image.
+        size: Side of the square it is cropped to.
+        seed: Of its augmentation, timestep and noise.
+    """
+
+    index: int
+    size: int
+    seed: int
+
+
+class TrainingSampler(Sampler[list[Draw]]):
+    """Endless batches over `num_images` images, each epoch in another order; a `batch_sampler` of a DataLoader.
+
+    A share of the batches is made of crops, which cost less and bring more noise levels to a batch; the others hold
+    fewer whole images, as many pixels at most, to keep the network at home on them.
+
+    Args:
+        batch_size: Crops in the batch of one process.
+        resolution: Side of the whole images in pixels.
+        crop_size: Side of the crops; `resolution` for none.
+        crop_prob: Share of batches made of crops.
+        start: Batches to leave out, those of the run that this one continues.
+        rank, num_processes: This process takes every `num_processes`-th image of each global batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        resolution: int,
+        crop_size: int,
+        crop_prob: float,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        if not 0 < crop_size <= resolution:
+            raise ValueError(f"The crop size must lie in 1 .. {resolution}, the resolution, got {crop_size}.")
+        self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
+        self.resolution, self.crop_size, self.crop_prob = resolution, crop_size, crop_prob
+        self.num_whole = max(1, round(batch_size * (crop_size / resolution) ** 2))
+        self.rank, self.num_processes = rank, num_processes
+
+    @property
+    def images_per_batch(self) -> float:
+        """Expected number of images in a global batch."""
+        return self.num_processes * (self.crop_prob * self.batch_size + (1 - self.crop_prob) * self.num_whole)
+
+    def _order(self, rng: np.random.Generator) -> Iterator[int]:
+        while True:
+            yield from rng.permutation(self.num_images).tolist()
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        rng = np.random.default_rng(self.seed)
+        order = self._order(rng)
+        for number in itertools.count():  # from the first on: drawing costs microseconds, and skips without a trace
+            crop = rng.random() < self.crop_prob
+            size = self.crop_size if crop else self.resolution
+            count = self.num_processes * (self.batch_size if crop else self.num_whole)
+            batch = [Draw(next(order), size, int(rng.integers(2**63))) for _ in range(count)]
+            if number >= self.start:
+                yield batch[self.rank :: self.num_processes]
+
+
+class TrainingImages(Dataset):
+    """Good images at the training resolution, indexed by `Draw`.
+
+    Args:
+        dataset: The good images.
+        indices: Those of them to train on.
+        labels: Class label of every image of the data set.
+        processor: Resizes them.
+        decoded: Images [3, S, S] uint8 by index of the data set; where it has None, they are decoded when asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: AnomalyDataset,
+        indices: list[int],
+        labels: list[int],
+        processor: RADImageProcessor,
+        decoded: dict[int, torch.Tensor | None],
+    ):
+        self.dataset, self.indices, self.labels = dataset, indices, labels
+        self.processor, self.decoded = processor, decoded
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int, Draw]:
+        return self._image(draw.index), self.labels[self.indices[draw.index]], draw
+
+    def _image(self, position: int) -> torch.Tensor:
+        index = self.indices[position]
+        image = self.decoded[index]
+        return to_uint8(self.processor.preprocess(self.dataset[index].image)[0][0]) if image is None else image
+
+    def chunks(self, size: int = 16) -> Iterator[torch.Tensor]:
+        """All images in order, [B, 3, S, S] uint8 with B up to `size`."""
+        for start in range(0, len(self), size):
+            yield torch.stack([self._image(i) for i in range(start, min(start + size, len(self)))])
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as the 8-bit values that they were decoded from, or nearest."""
+    return ((x + 1) * 127.5).round().byte()
+
+
+@dataclass(frozen=True)
+class TrainingCollator:
+    """Makes a batch of `TrainingImages` items: augmented images, noise and timesteps.
+
+    Args:
+        max_timestep: t is uniform in 0 .. max_timestep - 1.
+        unknown_label: The class label that takes the place of one label in ten; None for no labels.
+        rotation: Largest angle in degrees of the share `rotation_prob` of the images (RAN: 5).
+        random_flip: Mirror at random, both ways.
+    """
+
+    max_timestep: int
+    unknown_label: int | None = None
+    rotation: float = 0.0
+    rotation_prob: float = 0.0
+    random_flip: bool = False
+
+    def __call__(self, items: list[tuple[torch.Tensor, int, Draw]]) -> dict[str, torch.Tensor]:
+        """Returns x_0 and noise [B, 3, size, size] float32, timesteps, indices and, with labels, class_labels [B]."""
+        images, labels, draws = zip(*items, strict=True)
+        size = draws[0].size
+        generators = [torch.Generator().manual_seed(draw.seed) for draw in draws]
+        u = torch.stack([torch.rand(8, generator=g) for g in generators], dim=1)  # [8, B]
+        noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators])
+        x_0 = torch.stack(images) / 127.5 - 1
+        angles = (u[0] * 2 - 1) * self.rotation * (u[1] < self.rotation_prob)
+        flips = torch.where(u[2:4] < 0.5, -1.0, 1.0) if self.random_flip else torch.ones_like(u[2:4])
+        batch = {
+            "x_0": crop_and_rotate(x_0, size, u[4:6], angles, flips),
+            "noise": noise,
+            "timesteps": (u[6] * self.max_timestep).long().clamp_max(self.max_timestep - 1),
+            "indices": torch.tensor([draw.index for draw in draws]),
+        }
+        if self.unknown_label is not None:  # so that the network also learns to do without
+            batch["class_labels"] = torch.where(u[7] < 0.1, self.unknown_label, torch.tensor(labels))
+        return batch
+
+
+def crop_and_rotate(
+    images: torch.Tensor, size: int, position: torch.Tensor, angles: torch.Tensor, flips: torch.Tensor
+) -> torch.Tensor:
+    """Crop, rotation and flip of a batch in one resampling (bicubic; what turns in from outside is mirrored).
+
+    Args:
+        images: [B, C, H, W] in [-1, 1].
+        size: Side of the result in pixels; a crop keeps the scale.
+        position: Of the crop inside the image, top and left, [2, B] in [0, 1].
+        angles: [B] in degrees.
+        flips: 1 or -1 along each axis, width and height, [2, B].
+    """
+    batch, channels, height, width = images.shape
+    if size == height == width and not angles.any() and bool((flips == 1).all()):
+        return images
+    # Whole pixels, so that an image that is not rotated is not resampled either
+    top = (position[0] * (height - size + 1)).floor()
+    left = (position[1] * (width - size + 1)).floor()
+    radians = angles * (math.pi / 180)
+    cos, sin = radians.cos(), radians.sin()
+    rows = torch.stack([cos * flips[0], -sin * flips[1], (2 * left + size - width) / size], dim=1) * (size / width)
+    columns = torch.stack([sin * flips[0], cos * flips[1], (2 * top + size - height) / size], dim=1) * (size / height)
+    grid = F.affine_grid(torch.stack([rows, columns], dim=1), [batch, channels, size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(-1, 1)
