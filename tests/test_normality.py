@@ -1,14 +1,21 @@
 """What good images look like: distances against plain NumPy, and scores, p-values and thresholds on fresh draws."""
 
+import os
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import new_pipeline, texture
 from scipy.spatial.distance import mahalanobis
 from skimage.measure import block_reduce
 
 from rad import NormalityModel
-from rad.models.normality import SCORE_TYPES, stack_raw_maps
+from rad.models.normality import SCORE_TYPES, _fit_gaussian, _Moments, stack_raw_maps
 
 CHANNELS, SIDE, DIRECTIONS, MAP, TIMESTEPS = 6, 16, 4, 16, (20, 201)
 GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
@@ -209,6 +216,28 @@ def test_objects_that_move_get_one_gaussian_for_all_positions(moving):
 
 
 # Held out
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_subtracting_the_moments_of_a_fold_leaves_it_out(block, pooled):
+    """As if fitted to the others, in float64, though the mean is a thousand times the deviation."""
+    x = 1000 + torch.randn(13, DIRECTIONS, 4, 4) * torch.linspace(0.5, 2, DIRECTIONS).view(-1, 1, 1)
+    fold = torch.arange(13) % 5
+    total = _Moments.of(x, lambda part: part, block)
+    for k in range(5):
+        mean, whitening = _fit_gaussian(total - _Moments.of(x[fold == k], lambda part: part, block), pooled)
+        rest = x[fold != k].double().numpy()
+        if pooled:
+            flat = rest.transpose(0, 2, 3, 1).reshape(-1, DIRECTIONS)
+            expected_mean = np.broadcast_to(flat.mean(0)[:, None, None], mean.shape)
+            covariances = np.cov(flat.T, bias=True)[None] + 0.01 * np.eye(DIRECTIONS)
+        else:
+            expected_mean = rest.mean(0)
+            covariances = shrunk_covariances(rest, block).reshape(-1, DIRECTIONS, DIRECTIONS)
+        np.testing.assert_allclose(mean, expected_mean, rtol=1e-6)
+        precisions = whitening.mT.double() @ whitening.double()
+        np.testing.assert_allclose(precisions, np.linalg.inv(covariances), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["residual", "mahalanobis"])
@@ -462,7 +491,108 @@ def test_several_categories_share_covariances_among_neighbours(model, two_catego
         assert two_categories[0].get_buffer(f"{kind}_whitening").shape[:2] == (2, (grid // 2) ** 2)
 
 
+# Several processes
+
+
+def buffers_of_fits(rank: int = 0, accelerator: Accelerator | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """Of fits to 13 images of two categories, the last 7 scored, by one process or by this one of two.
+
+    A process holds every other image, or one holds all and the other none, or the pipeline shares them.
+    """
+    features, residuals, raw_maps = GoodImages(seed=12).draw(13)
+    labels = [0, 1, 1] * 4 + [0]
+
+    def fit_share(share: slice) -> NormalityModel:
+        scored = [i for i in range(13)[share] if i >= 6]
+        reduce = accelerator.reduce if accelerator else lambda part: part
+        draws = features[share], residuals[share], raw_maps[scored]
+        return fit(*draws, labels, ["nut", "tile"], share=share, reduce=reduce)
+
+    images, names = [texture("brick", seed) for seed in range(11)], list("abbaababbab")
+    pipeline = new_pipeline(("a", "b"), images)
+    pipeline.fit_normality(
+        images[:6], images[6:], names[:6], names[6:], batch_size=2, gaussian_channels=16, accelerator=accelerator
+    )
+    models = {
+        "every other": fit_share(slice(rank, None, 2) if accelerator else slice(None)),
+        "all or none": fit_share(slice(0) if rank else slice(None)),
+        "pipeline": pipeline.normality,
+    }
+    return {name: dict(model.named_buffers()) for name, model in models.items()}
+
+
+def run_process(rank: int, port: int, folder: Path) -> None:
+    """One of two, as `accelerate launch` starts them."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    accelerator = Accelerator(cpu=True)
+    torch.save(buffers_of_fits(rank, accelerator), folder / f"{rank}.pt")
+    with pytest.raises(ValueError, match="has 1 good images"):  # on both
+        fit(*GoodImages(0).draw(1 - rank), labels=[0], share=slice(rank, None, 2), reduce=accelerator.reduce)
+    accelerator.end_training()
+
+
+def test_two_processes_fit_what_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_process, (port, tmp_path), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, expected in buffers_of_fits().items():
+        tolerance = 2e-3 if name == "pipeline" else 1e-5  # the pipeline rounds to half precision
+        for buffer, values in expected.items():
+            assert torch.equal(both[0][name][buffer], both[1][name][buffer]), (name, buffer)
+            torch.testing.assert_close(both[0][name][buffer], values, rtol=tolerance, atol=tolerance)
+
+
+def test_one_process_with_an_accelerator_fits_as_without(small_pipeline_without_normality, good_images):
+    pipeline = small_pipeline_without_normality
+    pipeline.fit_normality(good_images, gaussian_channels=16)
+    without = dict(pipeline.normality.named_buffers())
+    pipeline.fit_normality(good_images, gaussian_channels=16, accelerator=Accelerator(cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests make accelerators of their own
+    for name, buffer in pipeline.normality.named_buffers():
+        assert torch.equal(buffer, without[name]), name
+
+
+def test_features_may_be_averaged_down_before(fitted_on, model):
+    features, residuals, raw_maps = fitted_on
+    averaged = fit(F.avg_pool2d(features, 2), F.avg_pool2d(residuals, 4), raw_maps, gaussian_size=SIDE // 2)
+    for buffer, expected in zip(averaged.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-4)
+
+
 # Refusals and files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"categories": ["a"] * 7}, "7 categories were given for 6 images"),
+        (
+            {"categories": ["a"] * 7, "holdout_images": 2, "holdout_categories": ["a"]},  # eight names, eight images
+            "7 categories were given for 6 images",
+        ),
+        (
+            {"categories": ["a"] * 6, "holdout_images": 2, "holdout_categories": ["a"]},
+            "1 holdout_categories were given for 2 holdout_images",
+        ),
+        ({"categories": ["a"] * 6, "holdout_images": 2}, "0 holdout_categories were given for 2 holdout_images"),
+        ({"gaussian_size": 6, "gaussian_block": 2}, "gaussian_block 2 must divide both grids"),
+    ],
+)
+def test_bad_arguments_of_fit_normality_are_named(pipeline, good_images, arguments, message):
+    if "holdout_images" in arguments:
+        arguments = arguments | {"holdout_images": good_images[6 : 6 + arguments["holdout_images"]]}
+    with pytest.raises(ValueError, match=message):
+        pipeline.fit_normality(good_images[:6], **arguments)
+
+
+def test_fit_normality_takes_the_size_of_the_grid(small_pipeline_without_normality, good_images):
+    small_pipeline_without_normality.fit_normality(good_images[:4], gaussian_size=2, gaussian_channels=16)
+    assert small_pipeline_without_normality.normality.feature_mean.shape == (1, 16, 2, 2)
 
 
 def test_a_category_with_one_image_is_refused(fitted_on):

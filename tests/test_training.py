@@ -1,20 +1,35 @@
-"""Training and evaluation as a user runs them: from a data set on disk to a pipeline folder with measured numbers."""
+"""Training as a user runs it: from a data set on disk or the Hub to a pipeline folder, however often interrupted."""
 
+import inspect
 import json
+import logging
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rad import RADPipeline
+from rad import RADPipeline, RADUNet2DModel
 from rad.data.synthetic import write_synthetic
-from training import evaluate, train
+from training import train
 
 ROOT = Path(__file__).parent.parent
+SMALL = ["--resolution", "64", "--crop_size", "32", "--train_batch_size", "8", "--lr_scheduler", "constant"]
+SMALL += ["--lr_warmup_steps", "0", "--mixed_precision", "no", "--no-evaluate", "--logging_steps", "1"]
+STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,122 +44,452 @@ def data_dir(tmp_path_factory):
     )
 
 
-def launch_training(data_dir, output_dir, *flags):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["training/train.py", "--train_data_dir", str(data_dir), "--output_dir", str(output_dir), *flags]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-
-
-SMALL = ["--dataset_format", "mvtec", "--resolution", "64", "--crop_size", "32", "--train_batch_size", "4"]
-
-
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
-    output_dir = tmp_path_factory.mktemp("model")
-    result = launch_training(data_dir, output_dir, *SMALL, "--max_train_steps", "3", "--checkpointing_steps", "2")
-    assert result.returncode == 0, result.stderr[-3000:]
+def photos(data_dir, tmp_path_factory):
+    """A plain folder of good photos."""
+    folder = tmp_path_factory.mktemp("photos") / "bricks"
+    shutil.copytree(data_dir / "brick" / "train" / "good", folder)
+    return folder
+
+
+def run(*flags) -> None:
+    """The training script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    train.main(train.parse_args([str(flag) for flag in flags]))
+
+
+def train_on(data_dir, output_dir, *flags) -> Path:
+    run("--train_data_dir", data_dir, "--output_dir", output_dir, *SMALL, *flags)
     return output_dir
 
 
-def test_training_ends_in_a_pipeline_that_scores(trained, data_dir):
-    pipeline = RADPipeline.from_pretrained(trained)
+def command(data_dir, output_dir, *flags) -> list[str]:
+    return ["training/train.py", "--train_data_dir", data_dir, "--output_dir", output_dir, *SMALL, *flags]
+
+
+def environment() -> dict[str, str]:
+    """For a child process whose arithmetic is to be the same, bit for bit."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    first, second = weights(first), weights(second)
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert first.keys() == second.keys() and not different
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """What the run reported to TensorBoard."""
+    events = EventAccumulator(str(folder / "logs" / "rad"), size_guidance={"images": 0}).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """A run that nothing interrupts."""
+    return train_on(data_dir, tmp_path_factory.mktemp("whole"), *STEPS, "--report_to", "tensorboard")
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_in_a_pipeline_that_scores(whole, data_dir):
+    pipeline = RADPipeline.from_pretrained(whole)
     assert list(pipeline.unet.config.categories) == ["brick", "capsule"]
     assert list(pipeline.normality.config.categories) == ["brick", "capsule"]
     output = pipeline(data_dir / "capsule" / "test" / "good" / "000.png", class_labels="capsule")
     assert output.anomaly_map.shape == (1, 64, 64) and 0 < output.p_value[0] <= 1
 
 
-def test_checkpoints_are_written_and_resumed(trained, data_dir):
-    assert (trained / "checkpoint-2").is_dir() and not list(trained.glob(".partial*"))
-    before = RADPipeline.from_pretrained(trained).unet.state_dict()
-    flags = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
-    result = launch_training(data_dir, trained, *SMALL, *flags)
+def test_checkpoints_are_whole_and_nothing_else_is_left(whole):
+    assert [path.name for path in train.checkpoints_of(whole)] == ["checkpoint-2", "checkpoint-4"]
+    assert not list(whole.glob(".partial*"))
+
+
+def test_losses_and_pictures_of_held_out_images_are_reported(whole):
+    reported = scalars(whole)
+    assert {"loss", "lr", "validation_noise_loss", "validation_feature_loss"} <= set(reported)
+    assert len(reported["loss"]) == 4 and np.isfinite(reported["loss"]).all()
+    events = EventAccumulator(str(whole / "logs" / "rad"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("validation")] == [4]
+    assert Image.open(whole / "validation" / "step-000004.png").width > 500
+
+
+def test_the_estimate_and_the_speed_are_told(data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train_on(data_dir, tmp_path / "model", "--max_train_steps", "1")
+    told = caplog.text
+    assert "Estimated:" in told and "minutes for 1 steps" in told
+    assert "images/s" in told and "of the time in the U-Net" in told
+    assert told.index("Estimated:") < told.index("Trained to step 1")
+
+
+def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["training/train.py", "--train_data_dir", "bricks", "--hub_token", "hf_secret"])
+    folder = train_on(data_dir, tmp_path / "model", "--max_train_steps", "1", "--evaluate", "--category", "brick")
+    card = ModelCard.load(folder / "README.md")
+    measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert set(measured) == {"image AUROC", "pixel AUROC", "pixel AP", "AUPRO (FPR <= 0.3)"}
+    assert all(0 <= value <= 1 for value in measured.values())
+    assert "8 for training and 2 held out" in card.text and "hf_secret" not in card.content
+    assert Image.open(folder / "results.png").width > 500
+
+
+# -- interruption -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_gives_the_very_same_weights(whole, data_dir, tmp_path):
+    flags = ["--max_train_steps", "1000", "--checkpointing_steps", "2"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command(data_dir, tmp_path, *flags))],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "checkpoint-2").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    errors = process.communicate()[1]
+    checkpoints = train.checkpoints_of(tmp_path)
+    assert checkpoints and process.returncode == -signal.SIGKILL, errors[-3000:]
+    for later in checkpoints[1:]:  # it may have got further before it was killed
+        shutil.rmtree(later)
+    (tmp_path / ".partial-checkpoint-4").mkdir(exist_ok=True)
+    (tmp_path / ".partial-checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    train_on(data_dir, tmp_path, *STEPS, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path, whole)
+    assert not list(tmp_path.glob(".partial*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, monkeypatch, number):
+    calls, compute_losses = [], train.compute_losses
+
+    def interrupting(unet, *args):
+        if unet.training and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 4 + 3:  # in the third step; the estimate takes four passes
+                os.kill(os.getpid(), number)
+        return compute_losses(unet, *args)
+
+    monkeypatch.setattr(train, "compute_losses", interrupting)
+    with pytest.raises(SystemExit) as stopped:
+        train_on(data_dir, tmp_path, "--max_train_steps", "4")
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in train.checkpoints_of(tmp_path)] == ["checkpoint-3"]
+    monkeypatch.undo()
+    train_on(data_dir, tmp_path, *STEPS, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(whole, data_dir, tmp_path, caplog):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    path = folder / "checkpoint-4" / "optimizer.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train_on(data_dir, folder, *STEPS, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-4 is damaged" in caplog.text and "optimizer.bin" in caplog.text
+    assert_same_weights(folder, whole)
+    with pytest.raises(OSError, match="no checkpoint to resume from that is whole"):
+        path.write_bytes(content[:100])
+        train_on(data_dir, folder, *STEPS, "--resume_from_checkpoint", folder / "checkpoint-4")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_alone(whole, data_dir, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    kept = {path.name: path.read_bytes() for path in (folder / "checkpoint-4").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file can grow beyond this
+    try:
+        with pytest.raises(OSError, match="checkpoint of step 6 could not be written"):
+            train_on(data_dir, folder, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (folder / "checkpoint-4").iterdir()} == kept
+    assert not list(folder.glob(".partial*")) and not (folder / "checkpoint-6").exists()
+    RADPipeline.from_pretrained(folder)
+
+
+def test_too_little_space_is_told_before_the_run(data_dir, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(OSError, match=r"need about \d+ MB, but .* has 1 MB free"):
+        train_on(data_dir, tmp_path / "model", *STEPS)
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole, data_dir, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    flags = [*STEPS, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="learning_rate was 0.0004 and is now 0.001"):
+        train_on(data_dir, folder, *flags, "--learning_rate", "1e-3")
+    with pytest.raises(ValueError, match="category was None and is now .'brick'"):
+        train_on(data_dir, folder, *flags, "--category", "brick")
+
+
+def test_latest_starts_afresh_where_there_is_no_checkpoint(data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train_on(data_dir, tmp_path / "model", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
+    assert "There is no checkpoint in" in caplog.text
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
+    flags = [*STEPS, "--train_batch_size", "4", "--report_to", "tensorboard"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*launch, *map(str, command(data_dir, tmp_path, *flags))],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "steps 2 to 4" in result.stderr + result.stdout
-    after = RADPipeline.from_pretrained(trained).unet.state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert result.stderr.count("Saved the pipeline") == 1
+    assert np.allclose(scalars(tmp_path)["loss"], scalars(whole)["loss"], rtol=1e-4)
+    picture = data_dir / "brick" / "test" / "good" / "000.png"
+    together, alone = (
+        RADPipeline.from_pretrained(folder)(picture, class_labels="brick") for folder in (tmp_path, whole)
+    )
+    assert np.allclose(together.anomaly_map, alone.anomaly_map, atol=0.05)
+    assert np.isclose(together.threshold, alone.threshold, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_accelerate_reads_the_ready_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_that_is_parsed_is_used():
+    source = inspect.getsource(train)
+    names = vars(train.parse_args(["--train_data_dir", "x"]))
+    unused = [name for name in names if f"args.{name}" not in source.split("def load_good_images")[1]]
+    assert not unused
+
+
+def test_help_shows_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert all(group in shown for group in ("data:", "model:", "training:", "optimizer:", "the Hub:"))
+    assert "(default: 0.0004)" in shown
+
+
+def test_images_not_kept_in_memory_and_workers_give_the_same_weights(whole, data_dir, tmp_path):
+    train_on(data_dir, tmp_path, *STEPS, "--no-cache_images", "--dataloader_num_workers", "1")
+    assert_same_weights(tmp_path, whole)
+
+
+def test_cached_features_give_the_same_losses(data_dir, tmp_path):
+    flags = ["--crop_prob", "0", "--rotation", "0", "--max_train_steps", "3", "--report_to", "tensorboard"]
+    cached = train_on(data_dir, tmp_path / "cached", *flags)
+    each_step = train_on(data_dir, tmp_path / "each", *flags, "--no-cache_images")
+    assert np.allclose(scalars(cached)["feature_loss"], scalars(each_step)["feature_loss"], rtol=1e-4)
+
+
+def test_settings_of_the_optimisation(data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    flags = ["--num_train_epochs", "1", "--gradient_accumulation_steps", "2", "--scale_lr", "--snr_gamma", "5"]
+    flags += ["--gradient_checkpointing", "--no-use_ema", "--allow_tf32", "--crop_prob", "1", "--random_flip"]
+    flags += ["--lr_scheduler", "cosine", "--report_to", "tensorboard", "--max_train_samples", "20"]
+    folder = train_on(data_dir, tmp_path / "model", *flags)
+    assert "steps 0 to 1" in caplog.text and "16 images a step" in caplog.text  # 16 of 20 images are trained on
+    assert scalars(folder)["lr"] == [0.0]  # cosine ends at 0
+    assert json.loads((folder / "checkpoint-1" / "manifest.json").read_text())["run"]["learning_rate"] == 16 * 4e-4
+
+
+def test_snr_gamma_weighs_clean_images_less(pipeline):
+    x_0 = torch.rand(2, 3, 64, 64) * 2 - 1
+    batch = {"x_0": x_0, "noise": torch.randn_like(x_0), "timesteps": torch.tensor([20, 20])}
+    features = pipeline.feature_extractor(x_0)
+    with torch.no_grad():
+        plain = train.compute_losses(pipeline.unet, pipeline.scheduler, batch, features)
+        weighed = train.compute_losses(pipeline.unet, pipeline.scheduler, batch, features, 5.0)
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[20]
+    assert np.isclose(float(weighed[0] / plain[0]), 5 / (abar / (1 - abar)), rtol=1e-4)
+    assert torch.equal(weighed[1:], plain[1:])
+
+
+def test_fine_tuning_starts_from_a_pipeline(whole, photos, tmp_path, caplog):
+    flags = [
+        "--pretrained_model_name_or_path",
+        whole,
+        "--learning_rate",
+        "0",
+        "--max_train_steps",
+        "1",
+        "--no-use_ema",
+    ]
+    tuned = RADPipeline.from_pretrained(train_on(photos, tmp_path / "model", *flags))
+    assert list(tuned.unet.config.categories) == [] and list(tuned.normality.config.categories) == ["bricks"]
+    before, x = RADPipeline.from_pretrained(whole), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = before.unet(x, 50).sample, tuned.unet(x, 50).sample  # as on an unknown category
+    assert torch.allclose(expected, got, atol=2e-2)
+
+
+def test_fit_only_keeps_the_network(whole, photos, tmp_path):
+    folder = tmp_path / "model"
+    run("--train_data_dir", photos, "--output_dir", folder, "--fit_only", "--pretrained_model_name_or_path", whole)
+    assert_same_weights(folder, whole)
+    pipeline = RADPipeline.from_pretrained(folder)
+    assert list(pipeline.normality.config.categories) == ["bricks"] and pipeline.normality.config.num_scores == 10
+    assert not train.checkpoints_of(folder)
+    assert "only normality was fitted" in (folder / "README.md").read_text() and (folder / "results.png").exists()
+
+
+def test_init_from_a_folder(photos, tmp_path):
+    torch.manual_seed(1)
+    unet = RADUNet2DModel.from_named_config("small", sample_size=64)
+    unet.save_pretrained(tmp_path / "init")
+    flags = ["--init_from", tmp_path / "init", "--learning_rate", "0", "--max_train_steps", "1", "--no-use_ema"]
+    saved = weights(train_on(photos, tmp_path / "model", *flags))
+    assert all(torch.equal(saved[name], value.half()) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("module", ["wandb", "trackio", "bitsandbytes", "datasets"])
+def test_a_missing_package_is_named(photos, tmp_path, monkeypatch, module):
+    flags = {"bitsandbytes": ["--use_8bit_adam"], "datasets": ["--dataset_name", "x"]}.get(
+        module, ["--report_to", module]
+    )
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(train.TRACKERS, module, lambda: False)
+    data = [] if module == "datasets" else ["--train_data_dir", photos]
+    with pytest.raises(ImportError, match=f"pip install {module}"):
+        run(*data, "--output_dir", tmp_path / "model", *SMALL, *flags)
+
+
+# -- data and bad input -----------------------------------------------------------------------------------------------
+
+
+def test_images_of_mixed_sizes_are_trained_on(photos, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = shutil.copytree(photos, tmp_path / "mixed")
+    Image.open(folder / "000.png").resize((80, 50)).save(folder / "000.png")
+    train_on(folder, tmp_path / "model", "--max_train_steps", "1")
+    assert "Images of 2 different sizes, most often 64 x 64" in caplog.text
+
+
+def test_unreadable_images_are_named_and_skipped_only_when_asked(photos, tmp_path, caplog):
+    folder = shutil.copytree(photos, tmp_path / "some")
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 11 images can't be read: .*broken.png"):
+        train_on(folder, tmp_path / "model", "--max_train_steps", "1")
+    assert not (tmp_path / "model" / "model_index.json").exists()
+    train_on(folder, tmp_path / "model", "--max_train_steps", "1", "--skip_unreadable")
+    assert "broken.png" in caplog.text
+    RADPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_few_or_no_images_are_refused(photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    shutil.copy(photos / "000.png", tmp_path / "one")
+    with pytest.raises(ValueError, match="No images for split 'train'"):
+        train_on(tmp_path / "empty", tmp_path / "model")
+    with pytest.raises(ValueError, match="'one' has 1 good images; it needs at least 10"):
+        train_on(tmp_path / "one", tmp_path / "model")
+
+
+def test_another_model_is_not_overwritten(whole, photos, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a model .*--overwrite_output_dir"):
+        train_on(photos, folder, "--max_train_steps", "1")
+    assert_same_weights(folder, whole)
+    train_on(photos, folder, "--max_train_steps", "1", "--overwrite_output_dir")
+    assert [path.name for path in train.checkpoints_of(folder)] == ["checkpoint-1"]
+    assert list(RADPipeline.from_pretrained(folder).normality.config.categories) == ["bricks"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset_format", "mvtec", "--category", "bottle"], "it has brick, capsule"),
+        (["--category", "bottle"], "it has brick, capsule"),
         (["--dataset_format", "mtd"], "not in MTD layout"),
-        (["--holdout_fraction", "1.5"], "--holdout_fraction must lie in"),
+        (["--holdout_fraction", "1.5"], "must lie in 0 .. 1"),
+        (["--train_batch_size", "0"], "must be at least 1"),
+        (["--feature_stride", "4"], "--feature_stride belongs to --backbone"),
+        (["--dataset_name", "user/data"], "give either --train_data_dir or --dataset_name"),
+        (["--max_train_steps", "1", "--num_train_epochs", "1"], "give either --max_train_steps"),
+        (["--pretrained_model_name_or_path", "mtd", "--init_from", "x.pt"], "give either"),
+        (["--pretrained_model_name_or_path", "no/such/folder"], "no Hub id"),
+        (["--resolution", "40"], "multiple of 16 pixels, got 40"),
     ],
 )
 def test_bad_arguments_are_named(data_dir, tmp_path, flags, message, capsys):
-    arguments = ["--train_data_dir", str(data_dir), "--output_dir", str(tmp_path / "model"), *flags]
-    with pytest.raises((ValueError, SystemExit)) as error:
-        train.main(train.parse_args(arguments))
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train_on(data_dir, tmp_path / "model", *flags)
     assert message in str(error.value) + capsys.readouterr().err
     assert not (tmp_path / "model" / "model_index.json").exists()
 
 
-def test_augmentation_crops_without_resampling():
-    images = torch.rand(6, 3, 32, 32) * 2 - 1
-    crops = train.augment(images, 16, rotation=0.0, rotation_prob=1.0, flip=False)
-    for image, crop in zip(images, crops, strict=True):
-        windows = image.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
-        assert (windows - crop).abs().amax((1, 2, 3)).min() < 1e-4
+def test_the_output_does_not_go_into_the_data(photos):
+    with pytest.raises(ValueError, match="its pictures would be trained on"):
+        train_on(photos, photos / "model", "--max_train_steps", "1")
 
 
-def test_augmentation_rotates_by_the_angle_asked_for():
-    torch.manual_seed(0)
-    rows = torch.linspace(-0.7, 0.7, 64).view(1, 1, 64, 1).expand(32, 1, 64, 64)  # a gradient from top to bottom
-    turned = train.augment(rows, 64, rotation=5.0, rotation_prob=1.0, flip=False)[:, 0, 16:48, 16:48]
-    down = (turned[:, 1:] - turned[:, :-1]).mean((1, 2))
-    right = (turned[:, :, 1:] - turned[:, :, :-1]).mean((1, 2))
-    angles = torch.rad2deg(torch.atan2(right, down))
-    assert angles.abs().max() <= 5.1 and angles.abs().max() > 3.5  # within +-5 degrees, and really applied
-    assert angles.min() < -1 and angles.max() > 1
+def test_a_category_folder_is_not_taken_for_good_photos(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="is a category in MVTec-AD layout"):
+        train_on(data_dir / "brick", tmp_path / "model", "--max_train_steps", "1")
 
 
-def test_augmentation_flips_only_when_asked():
-    torch.manual_seed(0)
-    images = torch.rand(16, 3, 16, 16)
-    same = train.augment(images, 16, 0.0, 0.0, flip=False)
-    flipped = train.augment(images, 16, 0.0, 0.0, flip=True)
-    assert torch.allclose(same, images, atol=1e-4)
-    candidates = torch.stack([images, images.flip(2), images.flip(3), images.flip(2, 3)])
-    assert (candidates - flipped).abs().amax((2, 3, 4)).min(0).values.max() < 1e-4
-    assert not torch.allclose(flipped, images, atol=1e-2)
+# -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report(trained, data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    arguments = ["--model", str(trained), "--data_dir", str(data_dir), "--map_size", "64", "--restore", "1"]
-    return evaluate.main(evaluate.parse_args([*arguments, "--output_dir", str(folder)])), folder
+def test_training_on_a_hub_data_set_ends_on_the_hub(hub, photos, tmp_path):
+    api = HfApi()
+    api.create_repo("user/bricks", repo_type="dataset")
+    api.upload_folder(repo_id="user/bricks", repo_type="dataset", folder_path=photos, path_in_repo="train")
+    flags = [
+        "--dataset_name",
+        "user/bricks",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--max_train_steps",
+        "1",
+        "--evaluate",
+    ]
+    flags += ["--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_private_repo"]
+    run("--output_dir", tmp_path / "model", *SMALL, *flags)
+    files = api.list_repo_files("user/rad-bricks")
+    assert {"README.md", "results.png", "model_index.json", "pipeline_rad.py"} <= set(files)
+    assert not [name for name in files if name.startswith(("checkpoint", "logs", "validation"))]
+    assert api.model_info("user/rad-bricks").private
+    assert api.model_info("user/rad-bricks").card_data.datasets == ["user/bricks"]
+    pushed = RADPipeline.from_pretrained("user/rad-bricks", cache_dir=tmp_path / "elsewhere")
+    local = RADPipeline.from_pretrained(tmp_path / "model")
+    assert np.array_equal(pushed(photos / "000.png").anomaly_map, local(photos / "000.png").anomaly_map)
 
 
-def test_evaluation_reports_every_score_and_category(report):
-    metrics = report[0]["metrics"]
-    assert set(metrics) == {"fused", "pixel", "feature", "residual", "mahalanobis", "rgb"}
-    assert all(set(rows) == {"brick", "capsule", "mean"} for rows in metrics.values())
-    assert all(0 <= value <= 1 for rows in metrics.values() for row in rows.values() for value in row.values())
-    assert report[0]["num_good"] == 4 and report[0]["num_anomalous"] == 12
-    assert report[0]["restoration"]["num_images"] == 1
-
-
-def test_evaluation_writes_a_table_and_json(report):
-    result, folder = report
-    assert json.loads((folder / "results.json").read_text())["metrics"] == result["metrics"]
-    assert "| fused |" in (folder / "results.md").read_text()
-
-
-def test_evaluation_agrees_with_the_pipeline_itself(report, trained, data_dir):
-    from sklearn.metrics import roc_auc_score
-
-    pipeline = RADPipeline.from_pretrained(trained)
-    paths = sorted((data_dir / "brick" / "test").rglob("*.png"))
-    scores = pipeline(paths, class_labels="brick").score
-    labels = [path.parent.name != "good" for path in paths]
-    assert np.isclose(report[0]["metrics"]["fused"]["brick"]["image_auroc"], roc_auc_score(labels, scores), atol=1e-9)
-
-
-def test_pasted_defects_leave_the_test_set_alone(trained, data_dir, capsys):
-    arguments = ["--model", str(trained), "--data_dir", str(data_dir), "--map_size", "64", "--pasted_defects", "6"]
-    result = evaluate.main(evaluate.parse_args([*arguments, "--category", "brick"]))
-    assert result["num_good"] == result["num_anomalous"] == 6
+def test_a_refused_token_costs_no_training(hub, photos, tmp_path):
+    with pytest.raises(OSError, match="refuses this token for 'user/rad-bricks'"):
+        train_on(
+            photos, tmp_path / "model", "--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_token", "hf_no"
+        )
+    assert not train.checkpoints_of(tmp_path / "model")

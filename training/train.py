@@ -187,7 +187,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logging_steps", type=positive, default=10, help="Steps between reports.")
     add("--validation_steps", type=positive, default=500, help="Steps between pictures of held-out images.")
     add("--num_validation_images", type=positive, default=4, help="Held-out images in them.")
-    add("--evaluate", action=flag, default=True, help="Measure on the data set's test split, if any.")
+    add("--evaluate", action=flag, default=True, help="Measure on the test split, if any, and picture results.")
     add("--push_to_hub", action="store_true", help="Push the pipeline and its model card.")
     add("--hub_model_id", help="user/repo to push to; by default the name of --output_dir.")
     add("--hub_token", help="By default the one of `hf auth login`.")
@@ -664,14 +664,15 @@ def write_card(
     name = args.dataset_name or Path(args.train_data_dir).resolve().name
     with written_whole(Path(args.output_dir) / "card", "The model card") as partial:
         partial.mkdir()
-        results_figure(pipeline, pictured).save(partial / "results.png")
+        if pictured:
+            results_figure(pipeline, pictured).save(partial / "results.png")
         card = create_model_card(
             pipeline,
             repo_id=args.hub_model_id,
             title=None if args.hub_model_id else Path(args.output_dir).resolve().name,
             metrics={name: metrics} if metrics else None,
             training=facts,
-            picture="results.png",
+            picture="results.png" if pictured else None,
             datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
         )
         card.save(partial / "README.md")
@@ -761,10 +762,14 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         save_model(pipeline, output_dir)
         logger.info(f"Saved the pipeline to {output_dir}.")
-        tested = load_test_split(args) if args.evaluate else []
-        bad = [item for item in tested if item["label"]]
-        pictured = [bad[i]["image"] for i in evenly(len(bad), 3)] or [dataset[i].image for i in (holdout or train)[:3]]
-        write_card(args, pipeline, len(train), len(holdout), pictured, measure(pipeline, tested))
+        metrics, pictured = {}, []
+        if args.evaluate:
+            tested = load_test_split(args)
+            metrics = measure(pipeline, tested)
+            bad = [item["image"] for item in tested if item["label"]]
+            shown = bad or [dataset[i].image for i in holdout or train]
+            pictured = [shown[i] for i in evenly(len(shown), 3)]
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
         if args.push_to_hub:
             ignored = ["checkpoint-*", ".*", "logs/*", "validation/*"]
             files = list_files(output_dir, ignore_patterns=ignored)

@@ -1,5 +1,8 @@
 """What good images look like: the statistics that turn raw scores into units of good-image deviation."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -103,7 +106,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         """
         deviations = self.project(features, kind) - self.get_buffer(f"{kind}_mean")[labels].float()
         whitening = {label: self._unpack(label, kind) for label in set(labels)}
-        return torch.stack([_distance(d, whitening[label]) for d, label in zip(deviations, labels, strict=True)])
+        return torch.cat([_distance(d[None], whitening[label]) for d, label in zip(deviations, labels, strict=True)])
 
     def _unpack(self, label: int, kind: str) -> torch.Tensor:
         """Whitening matrices [blocks, P, P] of a category."""
@@ -209,43 +212,58 @@ class NormalityModel(ModelMixin, ConfigMixin):
         labels: list[int],
         raw_maps: torch.Tensor,
         categories: list[str],
+        share: slice = slice(None),
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda part: part,
         **config,
     ) -> "NormalityModel":
         """Fits on good images; every score that enters a threshold is held out.
 
-        All images serve the Gaussians; the last len(raw_maps) of them are also scored. Those are split into folds:
-        the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from the
-        network's training as well, their scores are those of fresh images.
+        All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
+        folds: the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from
+        the network's training as well, their scores are those of fresh images.
+
+        Everything is made of sums over images, so that several processes can fit together: each holds the features and
+        maps of its own share alone, and all return the same model.
 
         Args:
-            features: The extractor's on all good images, [N, feature_channels, h, w], any float type.
+            features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
+                may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
             residuals: What their prediction leaves, likewise.
-            labels: Class label of each, [N].
-            raw_maps: KL, feature error and RGB difference maps of the last n images, [n, 3 T, map_size, map_size].
+            labels: Class label of each image of all shares, [N].
+            raw_maps: KL, feature error and RGB difference maps of the scored images in this share, [m, 3 T, h, w].
             categories: Their names; each needs at least two scored images.
+            share: Which of all images these are.
+            reduce: Sums a tensor over processes, with the sum as its result on each.
             config: Further arguments of the constructor. By default the features' Gaussian has half their side; one
                 category has a covariance at each of its positions, several share them in 2 x 2 blocks and have fewer
                 directions, which keeps the model small.
+
+        Raises:
+            ValueError: A category has fewer than two scored images.
         """
-        label_of = torch.tensor(labels)
-        num_scored = len(raw_maps)
-        scored_labels = label_of[len(labels) - num_scored :]
-        counts = torch.bincount(scored_labels, minlength=len(categories)).tolist()
-        for category, count in zip(categories, counts, strict=True):
-            if count < 2:
+        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
+        place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
+        fold_of = torch.full_like(label_of, -1)  # follows from the place: the same for any number of processes
+        counts = []
+        for label, category in enumerate(categories):
+            scored = (label_of == label) & (place >= 0)
+            counts.append(int(scored.sum()))
+            if counts[-1] < 2:
                 raise ValueError(
-                    f"Category {category!r} has {count} good images to calibrate on; it needs at least 2."
+                    f"Category {category!r} has {counts[-1]} good images to calibrate on; it needs at least 2."
                 )
-        size = features.shape[-1] // 2
+            fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
+        label_of, place, fold_of = label_of[share], place[share], fold_of[share]
+
         several = len(categories) > 1
+        config = {"gaussian_size": features.shape[-1] // 2} | config
         defaults = {
-            "gaussian_block": 2 if several and size % 4 == 0 else 1,
+            "gaussian_block": 2 if several and config["gaussian_size"] % 4 == 0 else 1,
             "gaussian_channels": min(88 if several else 140, features.shape[1]),
         }
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
-            gaussian_size=size,
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
             pooled=(False,) * len(categories),
@@ -255,76 +273,106 @@ class NormalityModel(ModelMixin, ConfigMixin):
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
         model.projection.copy_(basis[:, : model.config.gaussian_channels])
-        projected = {
-            kind: torch.cat([model.project(chunk, kind) for chunk in x.split(64)])
-            for kind, x in (("feature", features), ("residual", residuals))
-        }
-        block = model.config.gaussian_block
+        block, size = model.config.gaussian_block, model.config.map_size
         rows, columns = torch.tril_indices(*[model.config.gaussian_channels] * 2)
 
-        maps = {name: torch.empty(num_scored, *raw_maps.shape[-2:], device=raw_maps.device) for name in SCORE_TYPES}
-        pooled = []
-        for label in range(len(categories)):
-            members = (label_of == label).nonzero().flatten()
-            scored = (scored_labels == label).nonzero().flatten()
-            fold_of_scored = torch.arange(len(scored)) % min(NUM_FOLDS, len(scored))
-            fold = torch.full((len(members),), -1)
-            fold[len(members) - len(scored) :] = fold_of_scored
-            x = {kind: p[members] for kind, p in projected.items()}
+        maps, pooled = raw_maps.new_zeros(len(SCORE_TYPES), num_scored, size, size, dtype=torch.float32), []
+        scores = maps.new_zeros(len(SCORE_TYPES), num_scored)
+        for label, count in enumerate(counts):
+            mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
+            fold, scored = fold_of[mine], fold_of[mine] >= 0
+            x = {
+                kind: torch.cat([model.project(values[chunk], kind) for chunk in mine.split(64)])
+                for kind, values in (("feature", features), ("residual", residuals))
+            }
 
             # 1. Held-out distances under either sort of covariance; the likelier sort describes the category
-            distances, energies = {}, {False: 0.0, True: 0.0}
-            for shared in (False, True):
-                for kind, values in x.items():
-                    distance = distances[shared, kind] = values.new_empty(len(scored), *values.shape[-2:])
-                    for k in fold_of_scored.unique():
-                        mean, whitening = _fit_gaussian(values[fold != k], block, shared)
-                        held_out = torch.stack([_distance(d, whitening) for d in values[fold == k] - mean])
-                        distance[fold_of_scored == k] = held_out
-                        log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
-                        energies[shared] += float(held_out.square().mean() + log_det) * len(held_out)
-            pooled.append(energies[True] < energies[False])
+            total, distances, energies = {}, {}, maps.new_zeros(2, dtype=torch.float64)
             for kind, values in x.items():
-                mean, whitening = _fit_gaussian(values, block, pooled[-1])
+                total[kind] = _Moments.of(values, reduce, block)
+                for shared in (False, True):
+                    distances[shared, kind] = values.new_empty(len(values), *values.shape[-2:])
+                for k in folds:
+                    rest = total[kind] - _Moments.of(values[fold == k], reduce, block)
+                    for shared in (False, True):
+                        mean, whitening = _fit_gaussian(rest, shared)
+                        held_out = _distance(values[fold == k] - mean, whitening)
+                        distances[shared, kind][fold == k] = held_out
+                        log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
+                        energies[int(shared)] += (held_out.square().mean((1, 2)) + log_det).sum()
+            separate, together = reduce(energies).tolist()
+            pooled.append(together < separate)
+            for kind, moments in total.items():
+                mean, whitening = _fit_gaussian(moments, pooled[-1])
                 model.get_buffer(f"{kind}_mean")[label] = mean
                 model.get_buffer(f"{kind}_whitening")[label] = whitening[:, rows, columns]
-            average = x["feature"].mean((2, 3))
-            model.category_mean[label] = average.mean(0)
-            model.category_std[label] = average.std(0).clamp_min(1e-3)
+            mean, std = _Moments.of(x["feature"].mean((2, 3)), reduce).mean_and_std()
+            model.category_mean[label], model.category_std[label] = mean, std.clamp_min(1e-3)
 
             # 2. Location and deviation of every map, held out fold by fold for the scores
-            held_out = (distances[pooled[-1], kind] for kind in ("residual", "feature"))
-            distance_maps = [_resize(d, model.config.map_size) for d in held_out]
-            raw = torch.cat([raw_maps[scored].float(), *distance_maps], dim=1)
-            z = torch.empty_like(raw)
-            for k in fold_of_scored.unique():
-                location, scale = _fit_deviation(raw[fold_of_scored != k])
-                z[fold_of_scored == k] = (raw[fold_of_scored == k] - location) / scale
-            model.location[label], model.scale[label] = _fit_deviation(raw)
+            distance_maps = [_resize(distances[pooled[-1], kind][scored], size) for kind in ("residual", "feature")]
+            raw = torch.cat([raw_maps[label_of[place >= 0] == label].float(), *distance_maps], dim=1)
+            moments, z = _Moments.of(raw, reduce), torch.empty_like(raw)
+            for k in folds:
+                held_out = fold[scored] == k
+                location, scale = _fit_deviation(moments - _Moments.of(raw[held_out], reduce))
+                z[held_out] = (raw[held_out] - location) / scale
+            model.location[label], model.scale[label] = _fit_deviation(moments)
 
             # 3. Unit deviation for each combined map, first the parts, then the fused one
             map_scale = raw.new_ones(1, len(SCORE_TYPES))
             parts = model._combine(z, map_scale)
-            map_scale[0, 1:] = torch.stack([parts[name].std() for name in SCORE_TYPES[1:]])
-            map_scale[0, 0] = model._combine(z, map_scale)["fused"].std()
+            parts = torch.stack([parts[name].flatten() for name in SCORE_TYPES[1:]], dim=1)
+            map_scale[0, 1:] = _Moments.of(parts, reduce).mean_and_std()[1]
+            fused = model._combine(z, map_scale)["fused"].flatten()
+            map_scale[0, 0] = _Moments.of(fused, reduce).mean_and_std()[1]
             model.map_scale[label] = map_scale[0]
             combined = model._combine(z, map_scale)
-            for column, name in enumerate(SCORE_TYPES):
-                maps[name][scored] = combined[name]
-                scores = model._top_k_mean(combined, name)
-                model.score_location[label, column] = scores.mean()
-                model.score_scale[label, column] = scores.std().clamp_min(1e-3)
+            top = torch.stack([model._top_k_mean(combined, name) for name in SCORE_TYPES])
+            mean, std = _Moments.of(top.T, reduce).mean_and_std()
+            model.score_location[label], model.score_scale[label] = mean, std.clamp_min(1e-3)
+            places = place[mine][scored]
+            maps[:, places] = torch.stack([combined[name] for name in SCORE_TYPES])
+            scores[:, places] = (top - model.score_location[label, :, None]) / model.score_scale[label, :, None]
         model.register_to_config(pooled=tuple(pooled))
 
-        # 4. Scores of held-out good images, pooled over the categories whose units they share
-        tail = torch.from_numpy(TAIL)
-        for column, name in enumerate(SCORE_TYPES):
-            scores = model.image_scores(maps, scored_labels.tolist(), name)
-            model.good_scores[column] = scores.sort().values
-            values = maps[name].flatten().double().sort().values
-            index = ((1.0 - tail) * (len(values) - 1)).round().long()
-            model.pixel_quantiles[column] = values[index.to(values.device)].float()
+        # 4. Scores and pixels of held-out good images, pooled over the categories whose units they share
+        model.good_scores.copy_(reduce(scores).sort().values)
+        rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
+        for column, values in enumerate(maps):
+            model.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
         return model
+
+
+class _Moments(NamedTuple):
+    """Sums over images, float64: they add up over processes, and subtracting those of a fold leaves it out."""
+
+    count: torch.Tensor
+    first: torch.Tensor  # sum
+    second: torch.Tensor  # sum of squares, or of outer products
+
+    @classmethod
+    def of(cls, x: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor], block: int = 0) -> "_Moments":
+        """Of x [N, ...] on all processes: first and second [...]; with a block of features [N, P, g, g] the second is
+        the sum of their outer products in each block x block positions, [(g / block) ** 2, P, P]."""
+        first = second = 0
+        for chunk in x.split(max(1, 2**24 // x.shape[1:].numel())):  # 128 MB of float64 at a time
+            chunk = chunk.double()
+            first = first + chunk.sum(0)
+            if block:
+                chunk = _blocks(chunk, x.shape[-1] // block)
+                second = second + chunk @ chunk.mT
+            else:
+                second = second + chunk.square().sum(0)
+        return cls(*(reduce(part) for part in (first.new_tensor(len(x)), first, second)))
+
+    def __sub__(self, other: "_Moments") -> "_Moments":
+        return _Moments(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.first / self.count
+        variance = (self.second - self.count * mean.square()) / (self.count - 1)
+        return mean, variance.clamp_min(0).sqrt()
 
 
 def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *distances) -> torch.Tensor:
@@ -353,48 +401,48 @@ def _weighted(maps: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torc
     return sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True))
 
 
-def _distance(deviation: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
-    """Norm of whitened deviations [P, g, g] from the mean, under blocks of matrices [b * b, P, P]: [g, g]."""
-    channels, size = deviation.shape[0], deviation.shape[-1]
+def _blocks(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Vectors of x [N, P, g, g] in each of count x count blocks of positions, [count ** 2, P, N (g / count) ** 2]."""
+    x = x.unflatten(3, (count, -1)).unflatten(2, (count, -1))
+    return x.permute(2, 4, 1, 0, 3, 5).flatten(3).flatten(0, 1)
+
+
+def _distance(deviations: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
+    """Norms [N, g, g] of whitened deviations [N, P, g, g] from the mean, under blocks of matrices [b * b, P, P]."""
+    number, size = len(deviations), deviations.shape[-1]
     blocks = int(round(len(whitening) ** 0.5))
     side = size // blocks
-    x = deviation.reshape(channels, blocks, side, blocks, side).permute(1, 3, 0, 2, 4).reshape(blocks**2, channels, -1)
-    squares = (whitening @ x).square().sum(1).view(blocks, blocks, side, side)
-    return squares.permute(0, 2, 1, 3).reshape(size, size).clamp_min(1e-12).sqrt()
+    squares = (whitening @ _blocks(deviations, blocks)).square().sum(1).view(blocks, blocks, number, side, side)
+    return squares.permute(2, 0, 3, 1, 4).reshape(number, size, size).clamp_min(1e-12).sqrt()
 
 
-def _fit_gaussian(x: torch.Tensor, block: int, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means [P, g, g] and whitening matrices [(g / block) ** 2, P, P] of features [N, P, g, g].
+def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [P, g, g] and whitening matrices [blocks, P, P], one if pooled, of features with these moments.
 
     RAN adds 0.01 I to each covariance. Each is also drawn towards the mean of all, which counts as much as
     `PRIOR_IMAGES` images.
     """
-    count, channels, size, _ = x.shape
-    blocks = size // block
-    pooled_mean = x.mean((0, 2, 3)).view(-1, 1, 1).expand(-1, size, size)
-    mean = pooled_mean if pooled else x.mean(0)
-    residuals = (x - mean).reshape(count, channels, blocks, block, blocks, block)
-    residuals = residuals.permute(2, 4, 1, 0, 3, 5).reshape(blocks**2, channels, -1)
-    covariance = residuals @ residuals.transpose(1, 2) / residuals.shape[-1]
-    shared = covariance.mean(0, keepdim=True)
-    own = 0 if pooled else count
-    covariance = (own * covariance + PRIOR_IMAGES * shared) / (own + PRIOR_IMAGES)
-    covariance = covariance.double().cpu().numpy() + 0.01 * np.eye(channels)
-    whitening = np.linalg.inv(np.linalg.cholesky(covariance))
-    return mean.contiguous(), torch.from_numpy(whitening).float().to(x.device)
+    count, mean, second = moments.count, moments.first / moments.count, moments.second
+    if pooled:
+        mean, second = mean.mean((1, 2), keepdim=True).expand_as(mean), second.sum(0, keepdim=True)
+    means = _blocks(mean[None], int(round(len(second) ** 0.5)))
+    covariance = (second / count - means @ means.mT) / means.shape[-1]
+    covariance = covariance.lerp(covariance.mean(0), PRIOR_IMAGES / (count + PRIOR_IMAGES))
+    covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance.cpu().numpy()))
+    return mean.float(), torch.from_numpy(whitening).float().to(mean.device)
 
 
-def _fit_deviation(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Location and deviation at every position of maps [N, M, h, w], each [M, h, w].
+def _fit_deviation(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location and deviation at every position of maps with these moments, each [M, h, w].
 
     Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
     `PRIOR_IMAGES` images: few images say little of any one position. The distances, the last two maps, are in units of
     each position's deviation already: one location and deviation serves all of theirs.
     """
-    count = len(raw)
-    moments = torch.stack([raw.mean(0), raw.square().mean(0)])
-    everywhere = moments.mean((-2, -1), keepdim=True).expand_as(moments)
-    moments = F.avg_pool2d(moments, 3, stride=1, padding=1, count_include_pad=False)
-    location, square = (count * moments + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
+    count, means = moments.count, torch.stack([moments.first, moments.second]) / moments.count
+    everywhere = means.mean((-2, -1), keepdim=True).expand_as(means)
+    means = F.avg_pool2d(means, 3, stride=1, padding=1, count_include_pad=False)
+    location, square = (count * means + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
     location[-2:], square[-2:] = everywhere[0, -2:], everywhere[1, -2:]
-    return location, (square - location.square()).clamp_min(1e-12).sqrt()
+    return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()

@@ -98,8 +98,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_named_config(cls, name: str, **overrides) -> "RADUNet2DModel":
-        """A network with random weights, by name: "small" (the embedded checkpoints, 8 M parameters), "base" (92 M, for
-        a GPU) or "ran" (as published, 553 M)."""
+        """A network with random weights, by name: "small" (that of the embedded checkpoints, 8 M parameters), "base"
+        (92 M, for a GPU) or "ran" (as published, 553 M)."""
         if name not in NAMED_CONFIGS:
             raise ValueError(f"The model configuration must be one of {sorted(NAMED_CONFIGS)}, got {name!r}.")
         return cls(**(NAMED_CONFIGS[name] | overrides))

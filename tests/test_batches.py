@@ -1,0 +1,121 @@
+"""Training batches: the same whoever asks for them, and really augmented."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from rad.data.batches import Draw, TrainingCollator, TrainingSampler, crop_and_rotate
+
+SAMPLER = {"num_images": 10, "resolution": 64, "crop_size": 32, "crop_prob": 0.5, "seed": 3}
+
+
+def batches(count, **config):
+    return list(islice(TrainingSampler(**SAMPLER | config), count))
+
+
+def test_processes_share_the_batches_of_one_process():
+    one = batches(20, batch_size=8)
+    shares = [batches(20, batch_size=4, rank=rank, num_processes=2) for rank in range(2)]
+    for whole, first, second in zip(one, *shares, strict=True):
+        assert whole[0::2] == first and whole[1::2] == second
+
+
+def test_a_resumed_run_meets_the_batches_that_are_left():
+    assert batches(20, batch_size=4)[7:] == batches(13, batch_size=4, start=7)
+
+
+def test_every_epoch_shows_every_image_once_in_another_order():
+    drawn = [draw.index for batch in batches(40, batch_size=4) for draw in batch]
+    epochs = [drawn[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_whole_images_take_no_more_pixels_than_crops():
+    sizes = {(batch[0].size, len(batch)) for batch in batches(40, batch_size=8)}
+    assert sizes == {(32, 8), (64, 2)}
+    assert {draw.size for batch in batches(10, batch_size=8, crop_prob=0.0) for draw in batch} == {64}
+
+
+def test_expected_images_per_batch():
+    sampler = TrainingSampler(**SAMPLER, batch_size=8)
+    measured = np.mean([len(batch) for batch in islice(sampler, 4000)])
+    assert abs(measured - sampler.images_per_batch) < 0.15
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="1 .. 64"):
+        TrainingSampler(10, 4, 64, 65, 0.5)
+
+
+def items(draws):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return [(images[draw.index], draw.index % 3, draw) for draw in draws]
+
+
+def test_an_image_of_a_batch_does_not_depend_on_its_neighbours():
+    collate = TrainingCollator(500, unknown_label=3, rotation=5.0, rotation_prob=0.5, random_flip=True)
+    draws = [Draw(index, 16, 100 + index) for index in range(6)]
+    together = collate(items(draws))
+    alone = [collate(items([draw])) for draw in draws]
+    for name, values in together.items():
+        assert torch.allclose(values.float(), torch.cat([batch[name] for batch in alone]).float(), atol=1e-6), name
+
+
+def test_timesteps_are_uniform_and_one_label_in_ten_is_unknown():
+    collate = TrainingCollator(50, unknown_label=3)
+    batch = collate(items([Draw(i % 20, 1, i) for i in range(4000)]))
+    counts = torch.bincount(batch["timesteps"], minlength=50)
+    assert len(counts) == 50 and counts.min() > 40 and counts.max() < 130
+    assert 0.08 < (batch["class_labels"] == 3).float().mean() < 0.12
+    known = batch["class_labels"] != 3
+    assert torch.equal(batch["class_labels"][known], batch["indices"][known] % 3)
+    assert abs(batch["noise"].mean()) < 0.03 and abs(batch["noise"].std() - 1) < 0.03
+
+
+def test_no_labels_without_categories():
+    assert "class_labels" not in TrainingCollator(50)(items([Draw(0, 16, 0)]))
+
+
+def test_crops_are_not_resampled():
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    crops = crop_and_rotate(images, 16, torch.rand(2, 6), torch.zeros(6), torch.ones(2, 6))
+    for image, crop in zip(images, crops, strict=True):
+        windows = image.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
+        assert (windows - crop).abs().amax((1, 2, 3)).min() < 1e-4
+
+
+def test_crops_reach_every_corner():
+    image = torch.arange(32.0).view(1, 1, 1, 32).expand(2, 1, 32, 32) / 32
+    corners = torch.tensor([[0.0, 0.999], [0.0, 0.999]])
+    first, last = crop_and_rotate(image, 16, corners, torch.zeros(2), torch.ones(2, 2))
+    assert torch.allclose(first, image[0, :, :16, :16], atol=1e-4)
+    assert torch.allclose(last, image[0, :, 16:, 16:], atol=1e-4)
+
+
+def test_rotation_turns_by_the_angle():
+    rows = torch.linspace(-0.7, 0.7, 64).view(1, 1, 64, 1).expand(3, 1, 64, 64)  # a gradient from top to bottom
+    angles = torch.tensor([-5.0, 0.0, 3.0])
+    turned = crop_and_rotate(rows, 64, torch.zeros(2, 3), angles, torch.ones(2, 3))[:, 0, 16:48, 16:48]
+    down = (turned[:, 1:] - turned[:, :-1]).mean((1, 2))
+    right = (turned[:, :, 1:] - turned[:, :, :-1]).mean((1, 2))
+    assert torch.allclose(torch.rad2deg(torch.atan2(right, down)).abs(), angles.abs(), atol=0.1)
+
+
+def test_flips_mirror_each_axis():
+    images = torch.rand(4, 3, 16, 16)
+    flips = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
+    flipped = crop_and_rotate(images, 16, torch.zeros(2, 4), torch.zeros(4), flips)
+    expected = torch.stack([images[0], images[1].flip(2), images[2].flip(1), images[3].flip(1, 2)])
+    assert torch.allclose(flipped, expected, atol=1e-4)
+
+
+def test_rotation_share_is_the_one_asked_for():
+    collate = TrainingCollator(50, rotation=5.0, rotation_prob=0.3)
+    draws = [Draw(0, 32, seed) for seed in range(600)]
+    plain = TrainingCollator(50)(items(draws[:1]))["x_0"][0]
+    changed = (collate(items(draws))["x_0"] - plain).abs().amax((1, 2, 3)) > 1e-3
+    assert 0.24 < changed.float().mean() < 0.36

@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""Times training side by side, in one run: layouts of the U-Net, and the loop against a plain one in RAN's manner.
+
+    python training/benchmark.py layouts
+    python training/benchmark.py loop
+
+A step is forward, losses, backward and update. Each figure is the median over rounds in which all candidates take
+turns, so that a busy machine slows all of them alike; ratios are to the first row.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from train import compute_losses
+
+from rad import RADFeatureExtractor, RADImageProcessor, RADScheduler, RADUNet2DModel
+from rad.data import AnomalyDataset, Sample
+from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_uint8
+from rad.data.synthetic import render
+from rad.pipeline_rad import EMBEDDED_DIR
+
+LAYOUTS = {  # with about the parameters of "small", the first
+    "patch 4, 64-128-192": {},
+    "patch 4, 96-128-192": {"block_out_channels": (96, 128, 192)},
+    "patch 2, 64-128-192": {"patch_size": 2, "feature_block": 1},
+    "patch 8, 128-192, 2 levels": {
+        "patch_size": 8,
+        "block_out_channels": (128, 192),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "patch 4, 64-128-192, 2 blocks a level": {"layers_per_block": 2, "feature_block": 5},
+}
+RESOLUTION, CROP_SIZE, BATCH_SIZE = 256, 128, 8
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layouts", "loop"))
+    parser.add_argument("--rounds", type=int, default=5, help="Each candidate is timed this often.")
+    parser.add_argument("--compile", action="store_true", help="layouts: also torch.compile, minutes to start with.")
+    return parser.parse_args(argv)
+
+
+def side_by_side(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate; they take turns, and a first round warms up."""
+    seconds = {name: [] for name in candidates}
+    for number in tqdm(range(rounds + 1), desc="Rounds"):
+        for name, step in candidates.items():
+            start = time.perf_counter()
+            step()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+class Trainer:
+    """A network with its optimiser and average, to be stepped on any batch."""
+
+    def __init__(self, precision: torch.dtype = torch.float32, channels_last: bool = False, compiled=False, **config):
+        torch.manual_seed(0)
+        self.extractor = RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
+        self.unet = RADUNet2DModel(feature_channels=self.extractor.num_channels, **config)
+        self.scheduler, self.precision = RADScheduler(), precision
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        self.forward = torch.compile(self.unet) if compiled else self.unet
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4)
+        self.ema = EMAModel(self.unet.parameters())
+
+    def step(self, batch: dict[str, torch.Tensor], features: torch.Tensor | None = None) -> None:
+        with torch.no_grad():
+            features = self.extractor(batch["x_0"]) if features is None else features
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            losses = compute_losses(self.forward, self.scheduler, batch, features)
+        losses.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+
+
+def random_batch(count: int, size: int) -> dict[str, torch.Tensor]:
+    x_0 = torch.rand(count, 3, size, size) * 2 - 1
+    return {"x_0": x_0, "noise": torch.randn_like(x_0), "timesteps": torch.randint(0, 500, (count,))}
+
+
+def time_layouts(args: argparse.Namespace) -> None:
+    """Seconds of a step on crops and on whole images, for each layout and way to compute it."""
+    ways = {
+        "fp32": {},
+        "bf16": {"precision": torch.bfloat16},
+        "bf16, channels_last": {"precision": torch.bfloat16, "channels_last": True},
+    }
+    if args.compile:
+        ways["bf16, compiled"] = {"precision": torch.bfloat16, "compiled": True}
+    trainers = {f"{layout} | {way}": Trainer(**LAYOUTS[layout], **ways[way]) for layout in LAYOUTS for way in ways}
+    crops, whole = random_batch(BATCH_SIZE, CROP_SIZE), random_batch(BATCH_SIZE // 4, RESOLUTION)
+    candidates = {}
+    for name, trainer in trainers.items():
+        candidates[f"{name} | crops"] = lambda trainer=trainer: trainer.step(crops)
+        candidates[f"{name} | whole"] = lambda trainer=trainer: trainer.step(whole)
+    seconds = side_by_side(candidates, args.rounds)
+    print(f"Seconds a step: {BATCH_SIZE} crops of {CROP_SIZE}, or {BATCH_SIZE // 4} images of {RESOLUTION} pixels")
+    print("| layout | computed in | M parameters | crops | whole | speed |\n|---|---|---|---|---|---|")
+    first = None
+    for name, trainer in trainers.items():
+        both = seconds[f"{name} | crops"], seconds[f"{name} | whole"]
+        first = first or sum(both)
+        parameters = sum(p.numel() for p in trainer.unet.parameters()) / 1e6
+        print(f"| {name} | {parameters:.1f} | {both[0]:.3f} | {both[1]:.3f} | {first / sum(both):.2f} x |")
+
+
+def time_loops(args: argparse.Namespace) -> None:
+    """Steps a second of the plain loop and of ours, on the same network and images."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.png" for i in range(16)]
+        for i, path in enumerate(paths):
+            Image.fromarray(render("brick", np.random.default_rng(i), size=512)[0]).save(path)
+        processor, dataset = RADImageProcessor(RESOLUTION), AnomalyDataset([Sample(path, "brick") for path in paths])
+        decoded = {i: to_uint8(processor.preprocess(path)[0][0]) for i, path in enumerate(paths)}
+        images = TrainingImages(dataset, list(range(16)), [0] * 16, processor, decoded)
+        plain, cached, default = Trainer(), Trainer(torch.bfloat16), Trainer(torch.bfloat16)
+        with torch.no_grad():
+            features = torch.cat([cached.extractor(chunk / 127.5 - 1) for chunk in images.chunks()])
+
+        def batches(crop_prob: float, **augmentation) -> Iterator[dict[str, torch.Tensor]]:
+            sampler = TrainingSampler(16, BATCH_SIZE, RESOLUTION, CROP_SIZE, crop_prob)
+            return iter(DataLoader(images, batch_sampler=sampler, collate_fn=TrainingCollator(500, **augmentation)))
+
+        whole, recipe = batches(0.0), batches(0.75, rotation=5.0, rotation_prob=0.5)
+        names = cycle(paths)
+
+        def plain_step() -> None:  # decodes and computes features at each step, in fp32
+            x_0 = torch.cat([processor.preprocess(next(names))[0] for _ in range(BATCH_SIZE // 4)])
+            plain.step(random_batch(BATCH_SIZE // 4, RESOLUTION) | {"x_0": x_0})
+
+        def cached_step() -> None:
+            batch = next(whole)
+            cached.step(batch, features[batch["indices"]])
+
+        candidates = {
+            "plain, in RAN's manner: whole images": plain_step,
+            "ours, whole images, features cached": cached_step,
+            "ours, default: crops and rotations": lambda: default.step(next(recipe)),
+        }
+        seconds = side_by_side(candidates, args.rounds)
+    first = next(iter(seconds.values()))
+    print("| loop | steps/s | speed |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {1 / value:.2f} | {first / value:.2f} x |")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    {"layouts": time_layouts, "loop": time_loops}[arguments.what](arguments)
