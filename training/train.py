@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
@@ -33,6 +35,7 @@ from accelerate.utils import (
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
+    parse_flag_from_env,
     set_seed,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -403,7 +406,6 @@ def written_whole(target: Path, what: str):
         OSError: In one sentence, where the disk is full or can't be written to.
     """
     partial = target.parent / f".partial-{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers have their own
@@ -685,15 +687,34 @@ def write_card(
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    mixed_precision = args.mixed_precision
-    if mixed_precision == "auto":
+    """The accelerator, on as many processes and processor cores as were asked for.
+
+    Raises:
+        ValueError: `accelerate launch` was asked for several processes and started one.
+        ImportError: --report_to names a package that is not installed.
+    """
+    launched, started = "ACCELERATE_MIXED_PRECISION" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
+    if launched and "MASTER_ADDR" in os.environ and started == 1:
+        raise ValueError(
+            "accelerate launch starts several CPU processes only with MPI, or with "
+            "--config_file training/accelerate_configs/multi_cpu.yaml (and --num_processes, if not 2)."
+        )
+    # Several processes and no accelerator: accelerate joins them only when told that they run on the CPU
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (started > 1 and not torch.accelerator.is_available())
+    on_cpu = PartialState(cpu=cpu).device.type == "cpu"
+    mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
+    if on_cpu:
+        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what accelerate launch sets unless it is told
+            torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // started))
         native = torch.cpu.get_capabilities()
-        computes_bf16 = native.get("avx512_bf16") or native.get("amx_bf16")
-        mixed_precision = "bf16" if PartialState().device.type == "cpu" and computes_bf16 else None
+        if args.mixed_precision == "auto" and (native.get("avx512_bf16") or native.get("amx_bf16")):
+            mixed_precision = "bf16"
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
     if args.report_to != "none" and not trackers:
-        raise ImportError(f"--report_to {args.report_to} needs `pip install {args.report_to}`.")
+        wanted = "tensorboard" if args.report_to == "all" else args.report_to
+        raise ImportError(f"--report_to {args.report_to} needs `pip install {wanted}`.")
     return Accelerator(
+        cpu=cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
@@ -704,13 +725,17 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     accelerator = create_accelerator(args)
-    logging.basicConfig(format="%(message)s", force=True)
+    logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     show_progress = accelerator.is_local_main_process
     check_output_dir(args)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in output_dir.glob(".partial-*"):  # of a run that was killed
+        leftovers = [*output_dir.glob(".partial-*")]  # of a run that was killed
+        leftovers += (
+            checkpoints_of(output_dir) if args.overwrite_output_dir and not args.resume_from_checkpoint else []
+        )
+        for leftover in leftovers:
             shutil.rmtree(leftover)
         if args.push_to_hub:  # first of all, so that a refused token costs no training
             repo_id = args.hub_model_id or output_dir.resolve().name
@@ -891,7 +916,8 @@ def train_unet(
     logger.info(
         f"{len(train)} good images for training, {len(holdout)} held out, {len(dataset.categories)} categories, "
         f"{num_parameters / 1e6:.1f} M parameters, {global_batch_size} images a step, steps {step} to "
-        f"{args.max_train_steps}, {accelerator.num_processes} processes on {device.type}, "
+        f"{args.max_train_steps}, {accelerator.num_processes} processes on {device.type}"
+        f"{f' with {torch.get_num_threads()} threads each' if device.type == 'cpu' else ''}, "
         f"precision {accelerator.mixed_precision}."
     )
     if step < args.max_train_steps:
