@@ -345,13 +345,14 @@ def test_fine_tuning_starts_from_a_pipeline(whole, photos, tmp_path, caplog):
     assert torch.allclose(expected, got, atol=2e-2)
 
 
-def test_fit_only_keeps_the_network(whole, photos, tmp_path):
+def test_fit_only_keeps_the_network(whole, photos, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     folder = tmp_path / "model"
     run("--train_data_dir", photos, "--output_dir", folder, "--fit_only", "--pretrained_model_name_or_path", whole)
     assert_same_weights(folder, whole)
     pipeline = RADPipeline.from_pretrained(folder)
     assert list(pipeline.normality.config.categories) == ["bricks"] and pipeline.normality.config.num_scores == 10
-    assert not train.checkpoints_of(folder)
+    assert not train.checkpoints_of(folder) and "Estimated: 0 minutes for normality" in caplog.text
     assert "only normality was fitted" in (folder / "README.md").read_text() and (folder / "results.png").exists()
 
 

@@ -520,9 +520,15 @@ def as_input(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def estimate_time(
-    args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline, unet, sampler, steps: int, images: int
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: RADPipeline,
+    unet: torch.nn.Module,
+    num_images: int,
+    num_steps: int = 0,
+    sampler: TrainingSampler | None = None,
 ) -> None:
-    """Times both sorts of batches and says how long `steps` steps and the fit of `images` images will take."""
+    """Times both sorts of batches and the scoring of an image, and says how long the run will take."""
 
     def seconds(count: int, size: int, train: bool) -> float:
         x = torch.rand(count, 3, size, size, device=accelerator.device) * 2 - 1
@@ -539,16 +545,14 @@ def estimate_time(
         return time.perf_counter() - start
 
     with torch.random.fork_rng():  # leaves no trace in the run
-        crop, whole = (
-            seconds(sampler.batch_size, sampler.crop_size, True),
-            seconds(sampler.num_whole, args.resolution, True),
-        )
-        scoring = seconds(3, args.resolution, False)  # three timesteps an image
-    step = args.gradient_accumulation_steps * (args.crop_prob * crop + (1 - args.crop_prob) * whole)
-    logger.info(
-        f"Estimated: {1.1 * step * steps / 60:.0f} minutes for {steps} steps, then "
-        f"{1.3 * scoring * images / accelerator.num_processes / 60:.0f} minutes for normality."
-    )
+        fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
+        text = f"{fit / 60:.0f} minutes for normality"
+        if num_steps:
+            crop = seconds(sampler.batch_size, sampler.crop_size, True)
+            whole = seconds(sampler.num_whole, args.resolution, True)
+            step = args.gradient_accumulation_steps * (args.crop_prob * crop + (1 - args.crop_prob) * whole)
+            text = f"{1.1 * step * num_steps / 60:.0f} minutes for {num_steps} steps, then {text}"
+    logger.info(f"Estimated: {text}.")
 
 
 def check_space(output_dir: Path, num_parameters: int, num_checkpoints: int) -> None:
@@ -758,7 +762,9 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Training
     pipeline.to(accelerator.device)
-    if not args.fit_only:
+    if args.fit_only:
+        estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
+    else:
         train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
     decoded.clear()
 
@@ -921,8 +927,8 @@ def train_unet(
         f"precision {accelerator.mixed_precision}."
     )
     if step < args.max_train_steps:
-        steps = args.max_train_steps - step
-        estimate_time(args, accelerator, pipeline, unet, sampler, steps, len(train) + len(holdout))
+        num_images = len(train) + len(holdout)
+        estimate_time(args, accelerator, pipeline, unet, num_images, args.max_train_steps - step, sampler)
     check_space(output_dir, num_parameters, args.checkpoints_total_limit)
     if accelerator.log_with:
         settings = {
