@@ -48,10 +48,12 @@ def write_code(folder: Path, modules: list[ModuleType], components: dict[str, ty
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = [CODE, index["_class_name"]]
+    # diffusers would look for the module that `from .pipeline_rad import ...` names in this folder. It copies the
+    # components' files over one another, and Python may take the last one's bytecode for them all: they are all alike.
+    classes = sorted({component.__name__ for component in components.values()})
+    code = f"from . import {CODE}\n\n" + "".join(f"{name} = {CODE}.{name}\n" for name in classes)
     for name, component in components.items():
         index[name] = [COMPONENT_CODE, component.__name__]
-        # diffusers would look for the module that `from .pipeline_rad import ...` names in this folder
-        code = f"from . import {CODE}\n\n{component.__name__} = {CODE}.{component.__name__}\n"
         (folder / name / f"{COMPONENT_CODE}.py").write_text(code, encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

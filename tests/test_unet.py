@@ -162,7 +162,7 @@ def test_a_decoder_block_that_does_not_exist_is_refused(feature_block):
 
 
 def test_an_unknown_configuration_is_refused():
-    with pytest.raises(ValueError, match=r"\['ran', 'small'\], got 'large'"):
+    with pytest.raises(ValueError, match=r"\['base', 'ran', 'small'\], got 'large'"):
         RADUNet2DModel.from_named_config("large")
 
 

@@ -934,7 +934,7 @@ def train_unet(
         settings = {
             name: v for name, v in vars(args).items() if isinstance(v, int | float | str) and "token" not in name
         }
-        accelerator.init_trackers("rad", config=settings)
+        accelerator.init_trackers("rad", settings, {"wandb": {"dir": accelerator.logging_dir}})
 
     # 4. The loop
     progress = tqdm(
