@@ -36,7 +36,11 @@ def test_every_epoch_shows_every_image_once_in_another_order():
 def test_whole_images_take_no_more_pixels_than_crops():
     sizes = {(batch[0].size, len(batch)) for batch in batches(40, batch_size=8)}
     assert sizes == {(32, 8), (64, 2)}
-    assert {draw.size for batch in batches(10, batch_size=8, crop_prob=0.0) for draw in batch} == {64}
+
+
+def test_without_crops_the_batch_size_counts_whole_images():
+    assert {(batch[0].size, len(batch)) for batch in batches(10, batch_size=3, crop_prob=0.0)} == {(64, 3)}
+    assert {(batch[0].size, len(batch)) for batch in batches(10, batch_size=3, crop_size=64)} == {(64, 3)}
 
 
 def test_expected_images_per_batch():

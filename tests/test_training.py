@@ -426,6 +426,7 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
         (["--dataset_format", "mtd"], "not in MTD layout"),
         (["--holdout_fraction", "1.5"], "must lie in 0 .. 1"),
         (["--train_batch_size", "0"], "must be at least 1"),
+        (["--fit_only", "--resolution", "128"], "--resolution has no use there"),
         (["--feature_stride", "4"], "--feature_stride belongs to --backbone"),
         (["--dataset_name", "user/data"], "give either --train_data_dir or --dataset_name"),
         (["--max_train_steps", "1", "--num_train_epochs", "1"], "give either --max_train_steps"),

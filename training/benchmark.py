@@ -134,7 +134,8 @@ def time_loops(args: argparse.Namespace) -> None:
             features = torch.cat([cached.extractor(chunk / 127.5 - 1) for chunk in images.chunks()])
 
         def batches(crop_prob: float, **augmentation) -> Iterator[dict[str, torch.Tensor]]:
-            sampler = TrainingSampler(16, BATCH_SIZE, RESOLUTION, CROP_SIZE, crop_prob)
+            batch_size = BATCH_SIZE if crop_prob else BATCH_SIZE // 4
+            sampler = TrainingSampler(16, batch_size, RESOLUTION, CROP_SIZE, crop_prob)
             return iter(DataLoader(images, batch_sampler=sampler, collate_fn=TrainingCollator(500, **augmentation)))
 
         whole, recipe = batches(0.0), batches(0.75, rotation=5.0, rotation_prob=0.5)

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
@@ -115,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_flip", action="store_true", help="Flip images at random, both ways.")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model_config", default="small", choices=NAMED_CONFIGS, help="Size of the U-Net.")
+    add("--model_config", default="small", choices=NAMED_CONFIGS, help="Size of a new U-Net.")
     add(
         "--pretrained_model_name_or_path",
         help=f"Pipeline to start from: a folder, a Hub id, or {' or '.join(EMBEDDED_MODELS)}.",
@@ -203,8 +202,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --max_train_steps or --num_train_epochs.")
     if args.pretrained_model_name_or_path and args.init_from:
         parser.error("give either --pretrained_model_name_or_path or --init_from.")
-    if args.fit_only and args.init_from:
-        parser.error("--fit_only takes its network from --pretrained_model_name_or_path, not from --init_from.")
+    for name in ("init_from", "backbone", "resolution", "max_train_steps", "num_train_epochs"):
+        if args.fit_only and getattr(args, name):
+            parser.error(f"--fit_only keeps a pretrained pipeline's networks as they are: --{name} has no use there.")
     if args.feature_stride and not args.backbone:
         parser.error("--feature_stride belongs to --backbone: the embedded extractor has its own.")
     if args.backbone and args.pretrained_model_name_or_path:
@@ -708,10 +708,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
     if on_cpu:
+        processor = torch.cpu.get_capabilities()
         if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what accelerate launch sets unless it is told
-            torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // started))
-        native = torch.cpu.get_capabilities()
-        if args.mixed_precision == "auto" and (native.get("avx512_bf16") or native.get("amx_bf16")):
+            torch.set_num_threads(max(1, processor["num_physical_cores"] // started))
+        if args.mixed_precision == "auto" and (processor.get("avx512_bf16") or processor.get("amx_bf16")):
             mixed_precision = "bf16"
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
     if args.report_to != "none" and not trackers:
@@ -852,7 +852,8 @@ def train_unet(
     if not args.pretrained_model_name_or_path:
         extractor.calibrate(as_input(chunk, device) for chunk in training_images.chunks())
     # Features are computed once where batches hold whole images as they are, else in each batch's own pass
-    augmented = args.crop_prob > 0 or args.rotation * args.rotation_prob > 0 or args.random_flip
+    cropped = args.crop_prob > 0 and args.crop_size < args.resolution
+    augmented = cropped or args.rotation * args.rotation_prob > 0 or args.random_flip
     cached_features = None
     if not augmented and args.cache_images:
         with torch.no_grad():

@@ -34,10 +34,10 @@ class TrainingSampler(Sampler[list[Draw]]):
     """Endless batches over `num_images` images, each epoch in another order; a `batch_sampler` of a DataLoader.
 
     A share of the batches is made of crops, which cost less and bring more noise levels to a batch; the others hold
-    fewer whole images, as many pixels at most, to keep the network at home on them.
+    fewer whole images, about as many pixels, to keep the network at home on them.
 
     Args:
-        batch_size: Crops in the batch of one process.
+        batch_size: Crops in the batch of one process, or whole images where there are no crops.
         resolution: Side of the whole images in pixels.
         crop_size: Side of the crops; `resolution` for none.
         crop_prob: Share of batches made of crops.
@@ -61,7 +61,7 @@ class TrainingSampler(Sampler[list[Draw]]):
             raise ValueError(f"The crop size must lie in 1 .. {resolution}, the resolution, got {crop_size}.")
         self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
         self.resolution, self.crop_size, self.crop_prob = resolution, crop_size, crop_prob
-        self.num_whole = max(1, round(batch_size * (crop_size / resolution) ** 2))
+        self.num_whole = max(1, round(batch_size * (crop_size / resolution) ** 2)) if crop_prob else batch_size
         self.rank, self.num_processes = rank, num_processes
 
     @property
