@@ -27,8 +27,17 @@ from rad.data.synthetic import write_synthetic
 from training import train
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--resolution", "64", "--crop_size", "32", "--train_batch_size", "8", "--lr_scheduler", "constant"]
-SMALL += ["--lr_warmup_steps", "0", "--mixed_precision", "no", "--no-evaluate", "--logging_steps", "1"]
+SMALL = ["--resolution", "64", "--crop_size", "32", "--train_batch_size", "8", "--lr_scheduler"]
+SMALL += [
+    "constant_with_warmup",
+    "--lr_warmup_steps",
+    "3",
+    "--mixed_precision",
+    "no",
+    "--no-evaluate",
+    "--logging_steps",
+    "1",
+]
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
 
 
@@ -233,6 +242,23 @@ def test_a_checkpoint_of_another_run_is_refused(whole, data_dir, tmp_path):
         train_on(data_dir, folder, *flags, "--category", "brick")
 
 
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(whole, data_dir, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
+    train_on(data_dir, folder, *flags, "--resume_from_checkpoint", folder / "checkpoint-2")
+    assert [path.name for path in train.checkpoints_of(folder)] == ["checkpoint-3"]
+
+
+def test_data_may_move_between_runs(whole, data_dir, tmp_path):
+    folder, moved = shutil.copytree(whole, tmp_path / "model"), shutil.copytree(data_dir, tmp_path / "moved")
+    shutil.rmtree(folder / "checkpoint-4")
+    train_on(moved, folder, *STEPS, "--resume_from_checkpoint", "latest")
+    assert_same_weights(folder, whole)
+    (moved / "brick" / "train" / "good" / "000.png").rename(moved / "brick" / "train" / "good" / "other.png")
+    with pytest.raises(ValueError, match="the list of training images is another one"):
+        train_on(moved, folder, *STEPS, "--resume_from_checkpoint", "latest")
+
+
 def test_latest_starts_afresh_where_there_is_no_checkpoint(data_dir, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train_on(data_dir, tmp_path / "model", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
@@ -308,7 +334,16 @@ def test_settings_of_the_optimisation(data_dir, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     flags = ["--num_train_epochs", "1", "--gradient_accumulation_steps", "2", "--scale_lr", "--snr_gamma", "5"]
     flags += ["--gradient_checkpointing", "--no-use_ema", "--allow_tf32", "--crop_prob", "1", "--random_flip"]
-    flags += ["--lr_scheduler", "cosine", "--report_to", "tensorboard", "--max_train_samples", "20"]
+    flags += [
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        "0",
+        "--report_to",
+        "tensorboard",
+        "--max_train_samples",
+        "20",
+    ]
     folder = train_on(data_dir, tmp_path / "model", *flags)
     assert "steps 0 to 1" in caplog.text and "16 images a step" in caplog.text  # 16 of 20 images are trained on
     assert scalars(folder)["lr"] == [0.0]  # cosine ends at 0
@@ -405,7 +440,7 @@ def test_few_or_no_images_are_refused(photos, tmp_path):
     shutil.copy(photos / "000.png", tmp_path / "one")
     with pytest.raises(ValueError, match="No images for split 'train'"):
         train_on(tmp_path / "empty", tmp_path / "model")
-    with pytest.raises(ValueError, match="'one' has 1 good images; it needs at least 10"):
+    with pytest.raises(ValueError, match="'one' has 1 good images to train on; it needs at least 10"):
         train_on(tmp_path / "one", tmp_path / "model")
 
 
@@ -413,6 +448,10 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "model")
     with pytest.raises(ValueError, match="holds a model .*--overwrite_output_dir"):
         train_on(photos, folder, "--max_train_steps", "1")
+    for checkpoint in train.checkpoints_of(folder):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="holds a model"):  # "latest" would start at step 0
+        train_on(photos, folder, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
     assert_same_weights(folder, whole)
     train_on(photos, folder, "--max_train_steps", "1", "--overwrite_output_dir")
     assert [path.name for path in train.checkpoints_of(folder)] == ["checkpoint-1"]
@@ -426,11 +465,14 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
         (["--dataset_format", "mtd"], "not in MTD layout"),
         (["--holdout_fraction", "1.5"], "must lie in 0 .. 1"),
         (["--train_batch_size", "0"], "must be at least 1"),
-        (["--fit_only", "--resolution", "128"], "--resolution has no use there"),
+        (["--fit_only", "--resolution", "128"], "--resolution has no use"),
+        (["--fit_only", "--resume_from_checkpoint", "latest"], "--resolution has no use"),
+        (["--hub_tok", "hf_secret"], "unrecognized arguments"),
+        (["--model_config", "ran", "--init_from", "x.pt"], "give one of --init_from and --model_config"),
         (["--feature_stride", "4"], "--feature_stride belongs to --backbone"),
         (["--dataset_name", "user/data"], "give either --train_data_dir or --dataset_name"),
         (["--max_train_steps", "1", "--num_train_epochs", "1"], "give either --max_train_steps"),
-        (["--pretrained_model_name_or_path", "mtd", "--init_from", "x.pt"], "give either"),
+        (["--pretrained_model_name_or_path", "mtd", "--init_from", "x.pt"], "give one of"),
         (["--pretrained_model_name_or_path", "no/such/folder"], "no Hub id"),
         (["--resolution", "40"], "multiple of 16 pixels, got 40"),
     ],
@@ -470,15 +512,26 @@ def test_training_on_a_hub_data_set_ends_on_the_hub(hub, photos, tmp_path):
     ]
     flags += ["--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_private_repo"]
     flags += ["--hub_token", "hf_user"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "private.txt").write_text("not for publication")
     run("--output_dir", tmp_path / "model", *SMALL, *flags)
+    for path in (tmp_path / "model").rglob("*.json"):
+        assert "checkpoint" in str(path) or str(tmp_path) not in path.read_text(), path
     files = api.list_repo_files("user/rad-bricks")
     assert {"README.md", "results.png", "model_index.json", "pipeline_rad.py"} <= set(files)
-    assert not [name for name in files if name.startswith(("checkpoint", "logs", "validation"))]
+    assert not [name for name in files if name.startswith(("checkpoint", "logs", "validation", "private"))]
     assert api.model_info("user/rad-bricks").private
     assert api.model_info("user/rad-bricks").card_data.datasets == ["user/bricks"]
     pushed = RADPipeline.from_pretrained("user/rad-bricks", cache_dir=tmp_path / "elsewhere", token="hf_user")
     local = RADPipeline.from_pretrained(tmp_path / "model")
     assert np.array_equal(pushed(photos / "000.png").anomaly_map, local(photos / "000.png").anomaly_map)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, photos, tmp_path):
+    HfApi(token="hf_user").create_repo("user/rad-bricks")
+    flags = ["--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_token", "hf_user", "--hub_private_repo"]
+    with pytest.raises(ValueError, match="user/rad-bricks is public already"):
+        train_on(photos, tmp_path / "model", *flags)
 
 
 def test_a_refused_token_costs_no_training(hub, photos, tmp_path):

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("space", help="Where it goes: user/my-space.")
     parser.add_argument("--model", help="The model offered first: a Hub id or an embedded model's name.")
     parser.add_argument("--private", action="store_true", help="Only you see a newly created Space.")

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     ProjectConfiguration,
+    get_int_from_env,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -48,17 +49,18 @@ from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADSchedule
 from rad.data import DATASET_FORMATS, AnomalyDataset, detect_format, load_dataset, load_hub_dataset
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_uint8
 from rad.evaluation import evenly, measure_categories, score_images, test_images
-from rad.hub import list_files, one_sentence, upload
+from rad.hub import CODE, list_files, one_sentence, upload
 from rad.model_card import create_model_card
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.unet_rad import NAMED_CONFIGS
-from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS
+from rad.pipeline_rad import COMPONENTS, EMBEDDED_DIR, EMBEDDED_MODELS
 from rad.visualization import denoising_figure, results_figure
 
 logger = logging.getLogger("rad.train")
 
 DEFAULT_STEPS = 3000
 MIN_IMAGES = 10
+LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
 DEFAULT_RESOLUTION = 256
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 # What may differ between a run and the one that continues it; all else must be as it was
@@ -85,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
@@ -100,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache_dir", help="Where downloads from the Hub are kept.")
     add("--category", nargs="+", help="Categories to train on, as one unified model; by default all.")
     add("--max_train_samples", type=positive, help="Take this many good images at most, picked at random.")
-    add("--holdout_fraction", type=fraction, default=0.2, help="Good images kept for the thresholds.")
+    add("--holdout_fraction", type=fraction, help="Good images kept for the thresholds; 0.2 by default.")
     add("--skip_unreadable", action="store_true", help="Leave out files that are no readable images.")
     add("--cache_images", action=flag, default=True, help="Keep decoded images in memory.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that prepare batches.")
@@ -114,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--random_flip", action="store_true", help="Flip images at random, both ways.")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model_config", default="small", choices=NAMED_CONFIGS, help="Size of a new U-Net.")
+    add("--model_config", choices=NAMED_CONFIGS, help="Size of a new U-Net; small by default.")
     add(
         "--pretrained_model_name_or_path",
         help=f"Pipeline to start from: a folder, a Hub id, or {' or '.join(EMBEDDED_MODELS)}.",
@@ -200,16 +202,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --train_data_dir or --dataset_name.")
     if args.max_train_steps and args.num_train_epochs:
         parser.error("give either --max_train_steps or --num_train_epochs.")
-    if args.pretrained_model_name_or_path and args.init_from:
-        parser.error("give either --pretrained_model_name_or_path or --init_from.")
-    for name in ("init_from", "backbone", "resolution", "max_train_steps", "num_train_epochs"):
-        if args.fit_only and getattr(args, name):
-            parser.error(f"--fit_only keeps a pretrained pipeline's networks as they are: --{name} has no use there.")
+    starts = ("pretrained_model_name_or_path", "init_from", "model_config")
+    given = [f"--{name}" for name in starts if getattr(args, name)]
+    if len(given) > 1:
+        parser.error(f"give one of {' and '.join(given)}: each names the network to start from.")
+    needless = "init_from model_config backbone resolution max_train_steps num_train_epochs holdout_fraction"
+    for name in (needless + " resume_from_checkpoint").split():
+        if args.fit_only and getattr(args, name) is not None:
+            parser.error(f"--fit_only keeps a pretrained pipeline's networks and trains nothing: --{name} has no use.")
     if args.feature_stride and not args.backbone:
         parser.error("--feature_stride belongs to --backbone: the embedded extractor has its own.")
     if args.backbone and args.pretrained_model_name_or_path:
         parser.error("--backbone can't be changed in a pretrained pipeline.")
-    if args.push_to_hub and args.hub_token and args.report_to in ("wandb", "all"):
+    if args.hub_token and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb: use `hf auth login` in its place.")
     return args
 
@@ -291,9 +296,11 @@ def split_holdout(dataset: AnomalyDataset, indices: list[int], share: float, see
     for number, category in enumerate(dataset.categories):
         members = [i for i in indices if dataset.samples[i].category == category]
         if len(members) < MIN_IMAGES:
-            raise ValueError(f"Category {category!r} has {len(members)} good images; it needs at least {MIN_IMAGES}.")
+            raise ValueError(
+                f"Category {category!r} has {len(members)} good images to train on; it needs at least {MIN_IMAGES}."
+            )
         shuffled = np.random.default_rng([seed, number]).permutation(members).tolist()
-        count = max(2, round(share * len(members))) if share else 0
+        count = min(max(2, round(share * len(members))), len(members) - 2) if share else 0
         holdout += shuffled[:count]
         train += shuffled[count:]
     return sorted(train), sorted(holdout)
@@ -311,7 +318,13 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
         if args.fit_only:
             return pipeline
         components = pipeline.components | {"unet": pipeline.unet.with_categories(labels)}
-        return RADPipeline(**components, resolution=args.resolution or pipeline.config.resolution)
+        pipeline = RADPipeline(
+            **components,
+            resolution=args.resolution or pipeline.config.resolution,
+            num_noise_samples=pipeline.config.num_noise_samples,
+        )
+        check_resolution(pipeline)
+        return pipeline
 
     if args.backbone:
         extractor = RADFeatureExtractor.from_timm(args.backbone, feature_stride=args.feature_stride or 8)
@@ -328,10 +341,18 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
     elif args.init_from:
         unet = load_guided_diffusion(args.init_from, labels, sample_size=resolution, **head)
     else:
-        unet = RADUNet2DModel.from_named_config(args.model_config, categories=labels, sample_size=resolution, **head)
-    if resolution % unet.stride or resolution % extractor.config.feature_stride:
-        raise ValueError(f"--resolution must be a multiple of {unet.stride} pixels, got {resolution}.")
-    return RADPipeline(unet, RADScheduler(), extractor, resolution=resolution)
+        unet = RADUNet2DModel.from_named_config(
+            args.model_config or "small", categories=labels, sample_size=resolution, **head
+        )
+    pipeline = RADPipeline(unet, RADScheduler(), extractor, resolution=resolution)
+    check_resolution(pipeline)
+    return pipeline
+
+
+def check_resolution(pipeline: RADPipeline) -> None:
+    step = math.lcm(pipeline.unet.stride, pipeline.feature_extractor.config.feature_stride)
+    if pipeline.config.resolution % step:
+        raise ValueError(f"--resolution must be a multiple of {step} pixels, got {pipeline.config.resolution}.")
 
 
 def create_optimizer(args: argparse.Namespace, unet: torch.nn.Module) -> torch.optim.Optimizer:
@@ -468,7 +489,9 @@ def find_checkpoint(args: argparse.Namespace, run: dict) -> Path | None:
             logger.warning(f"The checkpoint {folder} is damaged and can't be used: {fault}.")
             continue
         differing = [
-            f"{name} was {manifest['run'].get(name)!r} and is now {value!r}"
+            "the list of training images is another one"
+            if name == "list of images"
+            else f"{name} was {manifest['run'].get(name)!r} and is now {value!r}"
             for name, value in json.loads(json.dumps(run)).items()
             if manifest["run"].get(name) != value
         ]
@@ -486,8 +509,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
-    held = [*output_dir.glob("model_index.json"), *checkpoints_of(output_dir)]
-    if held and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+    checkpoints = checkpoints_of(output_dir)
+    held = [*output_dir.glob("model_index.json"), *checkpoints]
+    if held and not (args.resume_from_checkpoint and checkpoints) and not args.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {output_dir} holds a model ({held[0].name}): choose another, continue it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir."
@@ -495,20 +519,34 @@ def check_output_dir(args: argparse.Namespace) -> None:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask the run to finish its step, save a checkpoint and stop; asked twice it stops at once."""
+    """SIGTERM and Ctrl-C ask the run to finish its step, save a checkpoint and stop; Ctrl-C twice stops at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.received = None
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._received, self._parent = None, os.getppid()
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, number: int, frame) -> None:
-        self.received = number
-        self.__exit__()
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
+
+    @property
+    def received(self) -> int | None:
+        # accelerate's launcher of one process dies of a SIGTERM without passing it on
+        if LAUNCHED and os.getppid() != self._parent:
+            return signal.SIGTERM
+        return self._received
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """For processes that prepare batches: the run stops them itself, after its checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # -- what a run tells -------------------------------------------------------------------------------------------------
@@ -544,7 +582,7 @@ def estimate_time(
         unet.zero_grad()
         return time.perf_counter() - start
 
-    with torch.random.fork_rng():  # leaves no trace in the run
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):  # leaves no trace
         fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
         text = f"{fit / 60:.0f} minutes for normality"
         if num_steps:
@@ -552,12 +590,13 @@ def estimate_time(
             whole = seconds(sampler.num_whole, args.resolution, True)
             step = args.gradient_accumulation_steps * (args.crop_prob * crop + (1 - args.crop_prob) * whole)
             text = f"{1.1 * step * num_steps / 60:.0f} minutes for {num_steps} steps, then {text}"
-    logger.info(f"Estimated: {text}.")
+    logger.info(f"Estimated: {text}, and measuring if there are test images.")
 
 
 def check_space(output_dir: Path, num_parameters: int, num_checkpoints: int) -> None:
     """Raises OSError before the run if its checkpoints can't fit on the disk: weights, two moments and the average."""
-    needed = 16 * num_parameters * (num_checkpoints + 1)  # a new one is written before the oldest goes
+    new = num_checkpoints + 1 - len(checkpoints_of(output_dir))  # a new one is written before the oldest goes
+    needed = 16 * num_parameters * new
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise OSError(
@@ -614,9 +653,11 @@ def validate(accelerator: Accelerator, pipeline: RADPipeline, unet, x_0: torch.T
 def save_model(pipeline: RADPipeline, output_dir: Path) -> None:
     """Saves half-precision weights beside, then moves them in place, the index last."""
     with written_whole(output_dir / "model", "The pipeline") as partial:
+        pipeline.register_to_config(_name_or_path="")
         for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
-            model.half()
+            model.half().register_to_config(_name_or_path="")  # no local paths in what may be published
         pipeline.save_pretrained(partial)
+        (output_dir / "model_index.json").unlink(missing_ok=True)  # without it nobody loads half of each
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
             shutil.rmtree(output_dir / path.name, ignore_errors=True)
             path.replace(output_dir / path.name)
@@ -634,7 +675,14 @@ def load_test_split(args: argparse.Namespace) -> list[dict]:
     except ValueError as error:
         logger.info(f"There is no test split to measure on: {error}")
         return []
-    return images
+    readable = []
+    for item in images:
+        try:
+            RADImageProcessor().decode(item["image"])
+            readable.append(item)
+        except (ValueError, OSError) as error:
+            logger.warning(f"Not measured: {error}")
+    return readable
 
 
 def measure(pipeline: RADPipeline, images: list[dict]) -> dict[str, float]:
@@ -654,24 +702,26 @@ def write_card(
 ) -> None:
     """README.md, the model card, and the picture in it."""
     words = [word for i, word in enumerate(sys.argv) if "--hub_token" not in (word, sys.argv[i - 1])]
-    words = [word for word in words if not word.startswith("--hub_token=")]
-    start = (
-        args.pretrained_model_name_or_path or args.init_from or f"random weights, configuration {args.model_config}"
-    )
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words if "--hub_token=" not in word]
+    start = Path(args.pretrained_model_name_or_path or args.init_from or "").name  # no local paths
+    if args.fit_only:
+        network = f"kept from {start or 'synthetic'}, only normality was fitted"
+    else:
+        start = start or f"random weights, configuration {args.model_config or 'small'}"
+        network = f"{args.max_train_steps} steps from {start}"
     facts = {
         "Command": f"`accelerate launch {shlex.join(words)}`",
-        "Network": f"kept from {args.pretrained_model_name_or_path or 'synthetic'}, only normality was fitted"
-        if args.fit_only
-        else f"{args.max_train_steps} steps from {start}",
+        "Network": network,
         "Good images": f"{num_train} for training and {num_holdout} held out" if num_holdout else f"{num_train}",
         "Seed": args.seed,
         "Software": f"PyTorch {torch.__version__}, diffusers {diffusers.__version__}, on {platform.machine()}",
     }
     name = args.dataset_name or Path(args.train_data_dir).resolve().name
+    figure = results_figure(pipeline, pictured) if pictured else None
     with written_whole(Path(args.output_dir) / "card", "The model card") as partial:
         partial.mkdir()
-        if pictured:
-            results_figure(pipeline, pictured).save(partial / "results.png")
+        if figure:
+            figure.save(partial / "results.png")
         card = create_model_card(
             pipeline,
             repo_id=args.hub_model_id,
@@ -694,23 +744,27 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The accelerator, on as many processes and processor cores as were asked for.
 
     Raises:
-        ValueError: `accelerate launch` was asked for several processes and started one.
+        ValueError: `accelerate launch` was asked for several processes and started one, or for FSDP with --use_ema.
         ImportError: --report_to names a package that is not installed.
     """
-    launched, started = "ACCELERATE_MIXED_PRECISION" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
-    if launched and "MASTER_ADDR" in os.environ and started == 1:
+    started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if LAUNCHED and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and started == 1:
         raise ValueError(
             "accelerate launch starts several CPU processes only with MPI, or with "
             "--config_file training/accelerate_configs/multi_cpu.yaml (and --num_processes, if not 2)."
         )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and args.use_ema and not args.fit_only:
+        raise ValueError("FSDP can't shard the averaged weights of --use_ema: add --no-use_ema.")
     # Several processes and no accelerator: accelerate joins them only when told that they run on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (started > 1 and not torch.accelerator.is_available())
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
     if on_cpu:
         processor = torch.cpu.get_capabilities()
-        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what accelerate launch sets unless it is told
-            torch.set_num_threads(max(1, processor["num_physical_cores"] // started))
+        if LAUNCHED and os.environ.get("OMP_NUM_THREADS") == "1":  # what accelerate launch sets unless it is told
+            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = min(processor["num_physical_cores"], usable)
+            torch.set_num_threads(max(1, cores // get_int_from_env(["LOCAL_WORLD_SIZE"], started)))
         if args.mixed_precision == "auto" and (processor.get("avx512_bf16") or processor.get("amx_bf16")):
             mixed_precision = "bf16"
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
@@ -744,10 +798,10 @@ def main(args: argparse.Namespace) -> None:
         if args.push_to_hub:  # first of all, so that a refused token costs no training
             repo_id = args.hub_model_id or output_dir.resolve().name
             with one_sentence(repo_id):
-                repo = HfApi(token=args.hub_token).create_repo(
-                    repo_id, private=args.hub_private_repo or None, exist_ok=True
-                )
-            args.hub_model_id = repo.repo_id
+                api = HfApi(token=args.hub_token)
+                args.hub_model_id = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
+                if args.hub_private_repo and not api.model_info(args.hub_model_id).private:
+                    raise ValueError(f"{args.hub_model_id} is public already: make it private, or push elsewhere.")
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
@@ -757,7 +811,8 @@ def main(args: argparse.Namespace) -> None:
     args.resolution = pipeline.config.resolution
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
     decoded = decode_images(args, dataset, sorted(chosen.tolist()), pipeline.image_processor, show_progress)
-    holdout_fraction = 0.0 if args.fit_only else args.holdout_fraction
+    holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
+    holdout_fraction = 0.0 if args.fit_only else holdout_fraction
     train, holdout = split_holdout(dataset, sorted(decoded), holdout_fraction, args.seed)
 
     # 2. Training
@@ -766,19 +821,19 @@ def main(args: argparse.Namespace) -> None:
         estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
     else:
         train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
-    decoded.clear()
-
     # 3. Normality, of weights rounded to half precision first: what is measured is what is saved
     pipeline.unet.half().float().eval()
     pipeline.feature_extractor.half().float()
     pipeline.set_progress_bar_config(desc="Fitting normality", disable=not show_progress)
     fusion = {"weights": args.map_weights, "image_weights": args.image_weights, "context": args.context}
     start = time.monotonic()
+    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
+    category = {i: dataset.samples[i].category for i in decoded}
     pipeline.fit_normality(
-        [dataset[i].image for i in train],
-        holdout_images=[dataset[i].image for i in holdout] or None,
-        categories=[dataset[i].category for i in train],
-        holdout_categories=[dataset[i].category for i in holdout] or None,
+        [image[i] for i in train],
+        holdout_images=[image[i] for i in holdout] or None,
+        categories=[category[i] for i in train],
+        holdout_categories=[category[i] for i in holdout] or None,
         accelerator=accelerator,
         **{name: value for name, value in fusion.items() if value is not None},
     )
@@ -802,8 +857,14 @@ def main(args: argparse.Namespace) -> None:
             pictured = [shown[i] for i in evenly(len(shown), 3)]
         write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
         if args.push_to_hub:
-            ignored = ["checkpoint-*", ".*", "logs/*", "validation/*"]
-            files = list_files(output_dir, ignore_patterns=ignored)
+            saved = {
+                "README.md",
+                "model_index.json",
+                f"{CODE}.py",
+                *COMPONENTS,
+                *(["results.png"] if pictured else []),
+            }
+            files = {name: path for name, path in list_files(output_dir).items() if name.split("/")[0] in saved}
             private = args.hub_private_repo or None
             commit = upload(args.hub_model_id, files, "End of training", private=private, token=args.hub_token)
             logger.info(f"Pushed to {commit.commit_url}.")
@@ -891,32 +952,41 @@ def train_unet(
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: it steps alike on any number of processes
 
     # 3. Where an earlier run stopped
     run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
-    names = "\n".join(str(dataset.samples[i].image).removeprefix(str(args.train_data_dir)) for i in train)
+    root = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else ""
+    names = "\n".join(str(dataset.samples[i].image).removeprefix(root) for i in train)
     run |= {"global_batch_size": global_batch_size, "num_images": len(train)}
-    run |= {"images": hashlib.sha256(names.encode()).hexdigest()[:16]}
+    run |= {"list of images": hashlib.sha256(names.encode()).hexdigest()[:16]}
     step = 0
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(args, run)
         if checkpoint:
             accelerator.load_state(str(checkpoint))
+            accelerator.wait_for_everyone()
             step = json.loads((checkpoint / "manifest.json").read_text())["step"]
             if ema:
                 ema.to(device)  # accelerate loads it to the CPU
+            if accelerator.is_main_process:
+                for later in checkpoints_of(output_dir):  # damaged, or of a course that this run does not follow
+                    if int(later.name.removeprefix("checkpoint-")) > step:
+                        shutil.rmtree(later)
     sampler.start = step * args.gradient_accumulation_steps
     loader = DataLoader(
         training_images,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # its own, to leave the global one to the run
         pin_memory=device.type == "cuda",
     )
     num_parameters = sum(p.numel() for p in unet.parameters())
@@ -961,7 +1031,8 @@ def train_unet(
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
                 optimizer.step()
-                lr_scheduler.step()
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                    lr_scheduler.step()
                 optimizer.zero_grad()
                 losses, num_logged = losses + terms.detach(), num_logged + 1
                 num_seen += len(batch["x_0"])
@@ -1001,7 +1072,11 @@ def train_unet(
             f"Trained to step {step} in {seconds / 60:.1f} minutes: {rate:.1f} images/s (crops count as images), "
             f"{share:.0%} of the time in the U-Net and its losses."
         )
-    trained = accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+    trained = accelerator.unwrap_model(unet, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if accelerator.is_fsdp2:  # from here on every process has the whole network, which is needed to fit normality
+        weights = {name: shard.full_tensor() for name, shard in trained.state_dict().items()}
+        trained = RADUNet2DModel.from_config(trained.config).to(device)
+        trained.load_state_dict(weights)
     trained.disable_gradient_checkpointing()
     if ema:
         ema.copy_to(trained.parameters())
@@ -1009,4 +1084,7 @@ def train_unet(
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -25,9 +25,11 @@ class HubDataset(AnomalyDataset):
 
     def __getitem__(self, index: int) -> Sample:
         value = self.rows[index][self.image_column]
+        if not value["bytes"]:
+            return replace(self.samples[index], image=Path(value["path"]))
         try:
             # Opened here, decoded and checked like an upload by RADImageProcessor
-            image = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"], formats=FORMATS)
+            image = Image.open(io.BytesIO(value["bytes"]), formats=FORMATS)
         except Exception as error:  # Pillow's parsers raise many types on damaged headers
             raise ValueError(f"{self.samples[index].image} is not an image that can be read ({error}).") from error
         return replace(self.samples[index], image=image)
