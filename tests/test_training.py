@@ -197,6 +197,26 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, mo
     assert_same_weights(tmp_path, whole)
 
 
+def test_a_launcher_that_is_stopped_stops_the_run(data_dir, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    flags = ["--max_train_steps", "5000", "--checkpointing_steps", "2", "--dataloader_num_workers", "1"]
+    process = subprocess.Popen(
+        [*launch, *map(str, command(data_dir, tmp_path, *flags))],
+        cwd=ROOT,
+        env=environment(),
+        stderr=(tmp_path / "log").open("w"),
+    )
+    while not train.checkpoints_of(tmp_path) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # accelerate's launcher does not pass it on
+    process.wait()
+    end = time.monotonic() + 60
+    while "Stopped at step" not in (tmp_path / "log").read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    step = (tmp_path / "log").read_text().split("Stopped at step ")[1].split(":")[0]
+    assert train.checkpoints_of(tmp_path)[-1].name == f"checkpoint-{step}"
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(whole, data_dir, tmp_path, caplog):
     folder = shutil.copytree(whole, tmp_path / "model")
     path = folder / "checkpoint-4" / "optimizer.bin"
