@@ -310,6 +310,12 @@ def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
     assert np.isclose(together.threshold, alone.threshold, atol=0.05)
 
 
+def test_fsdp_with_averaged_weights_is_refused(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--no-use_ema"):
+        train_on(photos, tmp_path / "model", "--max_train_steps", "1")
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "training" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
 )

@@ -753,8 +753,11 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             "accelerate launch starts several CPU processes only with MPI, or with "
             "--config_file training/accelerate_configs/multi_cpu.yaml (and --num_processes, if not 2)."
         )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and args.use_ema and not args.fit_only:
-        raise ValueError("FSDP can't shard the averaged weights of --use_ema: add --no-use_ema.")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not args.fit_only:
+        if args.use_ema:
+            raise ValueError("FSDP can't shard the averaged weights of --use_ema: add --no-use_ema.")
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("FSDP needs fsdp_version: 2, as in training/accelerate_configs/multi_node_fsdp.yaml.")
     # Several processes and no accelerator: accelerate joins them only when told that they run on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (started > 1 and not torch.accelerator.is_available())
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
