@@ -62,9 +62,7 @@ def results_figure(
         p = "p < 0.001" if output.p_value[i] < 0.001 else f"p = {output.p_value[i]:.2g}"
         verdict = f"{'defect' if output.is_anomalous[i] else 'good'}, {p}"
         axes[1].text(0.5, -0.02, verdict, transform=axes[1].transAxes, ha="center", va="top")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return _render(figure)
 
 
 def denoising_figure(
@@ -87,6 +85,10 @@ def denoising_figure(
             axis.imshow(values[i], **shown)
             axis.set_axis_off()
             axis.set_title(title if i == 0 else "", fontsize=10)
+    return _render(figure)
+
+
+def _render(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

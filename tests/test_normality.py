@@ -538,7 +538,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_process, (port, tmp_path), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, expected in buffers_of_fits().items():
         tolerance = 2e-3 if name == "pipeline" else 1e-5  # the pipeline rounds to half precision
         for buffer, values in expected.items():

@@ -25,7 +25,7 @@ from train import compute_losses
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset, Sample
-from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_uint8
+from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
 from rad.data.synthetic import render
 from rad.pipeline_rad import EMBEDDED_DIR
 
@@ -131,7 +131,7 @@ def time_loops(args: argparse.Namespace) -> None:
         images = TrainingImages(dataset, list(range(16)), [0] * 16, processor, decoded)
         plain, cached, default = Trainer(), Trainer(torch.bfloat16), Trainer(torch.bfloat16)
         with torch.no_grad():
-            features = torch.cat([cached.extractor(chunk / 127.5 - 1) for chunk in images.chunks()])
+            features = torch.cat([cached.extractor(from_uint8(chunk)) for chunk in images.chunks()])
 
         def batches(crop_prob: float, **augmentation) -> Iterator[dict[str, torch.Tensor]]:
             batch_size = BATCH_SIZE if crop_prob else BATCH_SIZE // 4

@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.data import DATASET_FORMATS, AnomalyDataset, detect_format, load_dataset, load_hub_dataset
-from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_uint8
+from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
 from rad.evaluation import evenly, measure_categories, score_images, test_images
 from rad.hub import CODE, list_files, one_sentence, upload
 from rad.model_card import create_model_card
@@ -435,6 +435,14 @@ def written_whole(target: Path, what: str):
         raise OSError(f"{what} could not be written to {target} ({error}); {free:,.0f} MB are free there.") from error
 
 
+def move_in_place(partial: Path, folder: Path) -> None:
+    """Moves the content of `partial` to `folder`, replacing what is there; a pipeline's index comes last."""
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
+        shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    partial.rmdir()
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, run: dict, limit: int | None) -> None:
     """Saves the training state beside, then renames it: a checkpoint folder is always whole."""
     target = output_dir / f"checkpoint-{step}"
@@ -552,11 +560,6 @@ def ignore_signals(worker: int) -> None:
 # -- what a run tells -------------------------------------------------------------------------------------------------
 
 
-def as_input(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images as the networks' input in [-1, 1]."""
-    return images.to(device) / 127.5 - 1
-
-
 def estimate_time(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -621,30 +624,31 @@ def averaged(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def validate(accelerator: Accelerator, pipeline: RADPipeline, unet, x_0: torch.Tensor, step: int) -> None:
     """Losses of held-out images under fixed noise, averaged over RAN's timesteps, and a picture at the middle one."""
-    scheduler, losses, pictures = pipeline.scheduler, [], []
+    scheduler, losses, timesteps = pipeline.scheduler, [], pipeline.scheduler.respaced_to_full([5, 50, 100])
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
     features = pipeline.feature_extractor(x_0)
-    for timestep in scheduler.respaced_to_full([5, 50, 100]):
+    for timestep in timesteps:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
         losses.append(compute_losses(unet, scheduler, {"x_0": x_0, "noise": noise, "timesteps": t}, features))
-        x_t = scheduler.add_noise(x_0, noise, t)
-        output = unet(x_t, t)
-        kl, x0_hat = scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
-        error = (output.features.float() - features).square().mean(1)
-        pictures.append(denoising_figure(x_0, x_t, x0_hat, kl.mean(1), error))
     noise_loss, bound, feature = torch.stack(losses).mean(0).tolist()
     values = {"validation_noise_loss": noise_loss, "validation_vlb_loss": bound, "validation_feature_loss": feature}
     accelerator.log(values, step=step)
+    t = torch.full((len(x_0),), timesteps[1], device=x_0.device)
+    x_t = scheduler.add_noise(x_0, noise, t)
+    output = unet(x_t, t)  # on every process: a sharded network needs all of them
     if accelerator.is_main_process:
+        kl, x0_hat = scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
+        error = (output.features.float() - features).square().mean(1)
+        picture = denoising_figure(x_0, x_t, x0_hat, kl.mean(1), error)
         folder = Path(accelerator.project_dir) / "validation"
         folder.mkdir(exist_ok=True)
-        pictures[1].save(folder / f"step-{step:06d}.png")
+        picture.save(folder / f"step-{step:06d}.png")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", np.asarray(pictures[1]), step, dataformats="HWC")
+                tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
             else:  # wandb and trackio share this interface
                 module = __import__(tracker.name)
-                module.log({"validation": module.Image(pictures[1])}, step=step)
+                module.log({"validation": module.Image(picture)}, step=step)
 
 
 # -- the model that comes out -----------------------------------------------------------------------------------------
@@ -658,10 +662,7 @@ def save_model(pipeline: RADPipeline, output_dir: Path) -> None:
             model.half().register_to_config(_name_or_path="")  # no local paths in what may be published
         pipeline.save_pretrained(partial)
         (output_dir / "model_index.json").unlink(missing_ok=True)  # without it nobody loads half of each
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
-            shutil.rmtree(output_dir / path.name, ignore_errors=True)
-            path.replace(output_dir / path.name)
-        partial.rmdir()
+        move_in_place(partial, output_dir)
     for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
         model.float()
 
@@ -732,9 +733,7 @@ def write_card(
             datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
         )
         card.save(partial / "README.md")
-        for path in partial.iterdir():
-            path.replace(Path(args.output_dir) / path.name)
-        partial.rmdir()
+        move_in_place(partial, Path(args.output_dir))
 
 
 # -- main -------------------------------------------------------------------------------------------------------------
@@ -793,9 +792,8 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         leftovers = [*output_dir.glob(".partial-*")]  # of a run that was killed
-        leftovers += (
-            checkpoints_of(output_dir) if args.overwrite_output_dir and not args.resume_from_checkpoint else []
-        )
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            leftovers += checkpoints_of(output_dir)
         for leftover in leftovers:
             shutil.rmtree(leftover)
         if args.push_to_hub:  # first of all, so that a refused token costs no training
@@ -824,6 +822,7 @@ def main(args: argparse.Namespace) -> None:
         estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
     else:
         train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
+
     # 3. Normality, of weights rounded to half precision first: what is measured is what is saved
     pipeline.unet.half().float().eval()
     pipeline.feature_extractor.half().float()
@@ -860,13 +859,8 @@ def main(args: argparse.Namespace) -> None:
             pictured = [shown[i] for i in evenly(len(shown), 3)]
         write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
         if args.push_to_hub:
-            saved = {
-                "README.md",
-                "model_index.json",
-                f"{CODE}.py",
-                *COMPONENTS,
-                *(["results.png"] if pictured else []),
-            }
+            saved = {"README.md", "model_index.json", f"{CODE}.py", *COMPONENTS}
+            saved |= {"results.png"} if pictured else set()
             files = {name: path for name, path in list_files(output_dir).items() if name.split("/")[0] in saved}
             private = args.hub_private_repo or None
             commit = upload(args.hub_model_id, files, "End of training", private=private, token=args.hub_token)
@@ -914,18 +908,18 @@ def train_unet(
     labels = [categories.index(dataset.samples[i].category) if categories else 0 for i in range(len(dataset))]
     training_images = TrainingImages(dataset, train, labels, pipeline.image_processor, decoded)
     if not args.pretrained_model_name_or_path:
-        extractor.calibrate(as_input(chunk, device) for chunk in training_images.chunks())
+        extractor.calibrate(from_uint8(chunk.to(device)) for chunk in training_images.chunks())
     # Features are computed once where batches hold whole images as they are, else in each batch's own pass
     cropped = args.crop_prob > 0 and args.crop_size < args.resolution
     augmented = cropped or args.rotation * args.rotation_prob > 0 or args.random_flip
     cached_features = None
     if not augmented and args.cache_images:
         with torch.no_grad():
-            chunks = [extractor(as_input(chunk, device)) for chunk in training_images.chunks()]
+            chunks = [extractor(from_uint8(chunk.to(device))) for chunk in training_images.chunks()]
         cached_features = torch.cat(chunks)
     shown = [(holdout or train)[i] for i in evenly(len(holdout or train), args.num_validation_images)]
     validation_images = TrainingImages(dataset, shown, labels, pipeline.image_processor, decoded)
-    validation_x_0 = as_input(next(validation_images.chunks(len(shown))), device)
+    validation_x_0 = from_uint8(next(validation_images.chunks(len(shown))).to(device))
 
     # 2. Optimisation
     unet = pipeline.unet.train()

@@ -129,6 +129,11 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x + 1) * 127.5).round().byte()
 
 
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """8-bit images as the networks' input in [-1, 1]."""
+    return images / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class TrainingCollator:
     """Makes a batch of `TrainingImages` items: augmented images, noise and timesteps.
@@ -153,7 +158,7 @@ class TrainingCollator:
         generators = [torch.Generator().manual_seed(draw.seed) for draw in draws]
         u = torch.stack([torch.rand(8, generator=g) for g in generators], dim=1)  # [8, B]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators])
-        x_0 = torch.stack(images) / 127.5 - 1
+        x_0 = from_uint8(torch.stack(images))
         angles = (u[0] * 2 - 1) * self.rotation * (u[1] < self.rotation_prob)
         flips = torch.where(u[2:4] < 0.5, -1.0, 1.0) if self.random_flip else torch.ones_like(u[2:4])
         batch = {

@@ -45,26 +45,19 @@ def original_blocks(unet: UNet2DModel) -> dict[str, str]:
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
     }
-    number = 1  # input_blocks.0 is the first convolution
-    for level, block in enumerate(unet.down_blocks):
-        for i in range(len(block.resnets)):
-            blocks[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{number}.0"
-            if hasattr(block, "attentions"):
-                blocks[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{number}.1"
-            number += 1
-        if block.downsamplers:
-            blocks[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{number}.0"
-            number += 1
-    number = 0
-    for level, block in enumerate(unet.up_blocks):
-        for i in range(len(block.resnets)):
-            blocks[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{number}.0"
-            if hasattr(block, "attentions"):
-                blocks[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{number}.1"
-            number += 1
-        if block.upsamplers:  # the last step of the level's last block, not a block of its own as on the way down
-            step = 2 if hasattr(block, "attentions") else 1
-            blocks[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{number - 1}.{step}"
+    for side, original, number in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):  # input_blocks.0: conv_in
+        for level, block in enumerate(getattr(unet, f"{side}_blocks")):
+            attends = hasattr(block, "attentions")
+            for i in range(len(block.resnets)):
+                blocks[f"{side}_blocks.{level}.resnets.{i}"] = f"{original}.{number}.0"
+                if attends:
+                    blocks[f"{side}_blocks.{level}.attentions.{i}"] = f"{original}.{number}.1"
+                number += 1
+            if getattr(block, "downsamplers", None):
+                blocks[f"down_blocks.{level}.downsamplers.0"] = f"{original}.{number}.0"
+                number += 1
+            if getattr(block, "upsamplers", None):  # the last step of the level's last block, not a block of its own
+                blocks[f"up_blocks.{level}.upsamplers.0"] = f"{original}.{number - 1}.{2 if attends else 1}"
     return blocks
 
 
