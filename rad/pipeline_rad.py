@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from scipy import ndimage
 
+from .data.pasting import artificial_batches
 from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
 from .image_processor import PipelineImageInput, RADImageProcessor
 from .model_card import create_model_card
+from .models.discriminator import RADDiscriminator
 from .models.feature_extractor import RADFeatureExtractor
-from .models.normality import SCORE_TYPES, NormalityModel, stack_raw_maps
+from .models.normality import NormalityModel, stack_raw_maps
 from .models.unet_rad import RADUNet2DModel
 from .scheduler_rad import RADScheduler
 
@@ -40,6 +42,7 @@ COMPONENTS = {
     "scheduler": RADScheduler,
     "feature_extractor": RADFeatureExtractor,
     "normality": NormalityModel,
+    "discriminator": RADDiscriminator,
 }
 
 
@@ -73,9 +76,10 @@ class RADPipelineOutput(BaseOutput):
         mask: [B, H, W] bool, pixels above the pixel threshold of the same rate; empty for images judged good. None in
             paper mode.
         regions: For each image the connected regions of its mask, largest peak first; None in paper mode.
-        pixel_map, feature_map, residual_map, mahalanobis_map, rgb_map: Each score alone: KL, feature error,
-            Mahalanobis distance of the feature residual and of the features (both None in paper mode, RAN has
-            neither), and the RGB difference that RAN compares with.
+        pixel_map, feature_map, residual_map, mahalanobis_map, discriminator_map, rgb_map: Each score alone: KL,
+            feature error, Mahalanobis distance of the feature residual and of the features, the discriminator's logits
+            (these three None in paper mode, RAN has none of them; the last also without a discriminator), and the RGB
+            difference that RAN compares with.
         category: The category whose normality was used, for each image.
         threshold: The image score at which false_alarm_rate lies; None in paper mode.
         pixel_threshold: The map value at which it lies; None in paper mode.
@@ -92,6 +96,7 @@ class RADPipelineOutput(BaseOutput):
     feature_map: np.ndarray | list[np.ndarray] | None = None
     residual_map: np.ndarray | list[np.ndarray] | None = None
     mahalanobis_map: np.ndarray | list[np.ndarray] | None = None
+    discriminator_map: np.ndarray | list[np.ndarray] | None = None
     rgb_map: np.ndarray | list[np.ndarray] | None = None
     category: list[str] | None = None
     threshold: float | None = None
@@ -122,12 +127,13 @@ class RADPipeline(DiffusionPipeline):
         scheduler: The diffusion arithmetic.
         feature_extractor: Frozen ImageNet features.
         normality: Statistics of good images; None until `fit_normality`, and then only `mode="paper"` works.
+        discriminator: Has learned from artificial defects, see `fit_discriminator`; RAN has none.
         resolution: Images are resized to this square; maps are resized back.
         num_noise_samples: Noise draws at each timestep by default, antithetic pairs from two on.
     """
 
-    model_cpu_offload_seq = "feature_extractor->unet->normality"
-    _optional_components = ["normality"]
+    model_cpu_offload_seq = "feature_extractor->discriminator->unet->normality"
+    _optional_components = ["normality", "discriminator"]
 
     def __init__(
         self,
@@ -135,11 +141,18 @@ class RADPipeline(DiffusionPipeline):
         scheduler: RADScheduler,
         feature_extractor: RADFeatureExtractor,
         normality: NormalityModel | None = None,
+        discriminator: RADDiscriminator | None = None,
         resolution: int = 256,
         num_noise_samples: int = 1,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, normality=normality)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            feature_extractor=feature_extractor,
+            normality=normality,
+            discriminator=discriminator,
+        )
         self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
         self.image_processor = RADImageProcessor(resolution)
 
@@ -227,7 +240,14 @@ class RADPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         components = {name: type(module) for name, module in self.components.items() if module is not None}
         # One file where this class itself was loaded from a repository
-        contents = (upload, RADImageProcessor, create_model_card, *COMPONENTS.values(), RADPipeline)
+        contents = (
+            upload,
+            RADImageProcessor,
+            artificial_batches,
+            create_model_card,
+            *COMPONENTS.values(),
+            RADPipeline,
+        )
         write_code(
             Path(save_directory), list(dict.fromkeys(sys.modules[item.__module__] for item in contents)), components
         )
@@ -305,7 +325,7 @@ class RADPipeline(DiffusionPipeline):
             mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distances fused) or
                 "paper" (RAN to the letter: per-image z-scores, alpha = 0.5, no smoothing).
             score_type: Which map decides: "fused", "pixel" (KL), "feature" (error), "residual" (Mahalanobis distance
-                of what the prediction of features leaves), "mahalanobis" (of the features) or "rgb".
+                of what the prediction of features leaves), "mahalanobis" (of the features), "discriminator" or "rgb".
             false_alarm_rate: Share of good images that may be called anomalous.
             seed: Of the noise; the one `fit_normality` used (0) unless you refit with another.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
@@ -317,7 +337,9 @@ class RADPipeline(DiffusionPipeline):
         # 0. Check inputs
         if mode not in ("calibrated", "paper"):
             raise ValueError(f"mode must be 'calibrated' or 'paper', got {mode!r}.")
-        accepted = SCORE_TYPES if mode == "calibrated" else ("fused", "pixel", "feature", "rgb")
+        if mode == "calibrated" and self.normality is None:
+            raise ValueError("This pipeline has no normality model: call fit_normality(images) or use mode='paper'.")
+        accepted = self.normality.score_types if mode == "calibrated" else ("fused", "pixel", "feature", "rgb")
         if score_type not in accepted:
             raise ValueError(f"score_type must be one of {', '.join(accepted)} in {mode} mode, got {score_type!r}.")
         if not 0 < false_alarm_rate < 1:
@@ -326,8 +348,6 @@ class RADPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be 'np' or 'pt', got {output_type!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if mode == "calibrated" and self.normality is None:
-            raise ValueError("This pipeline has no normality model: call fit_normality(images) or use mode='paper'.")
         fitted = None if self.normality is None else list(self.normality.config.timesteps)
         timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100]) if timesteps is None else list(timesteps)
         if mode == "calibrated" and timesteps != fitted:
@@ -348,7 +368,7 @@ class RADPipeline(DiffusionPipeline):
             for start in range(0, len(images), batch_size):
                 x_0, chunk_sizes = self.image_processor.preprocess(images[start : start + batch_size])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
-                features = self.feature_extractor(x_0)
+                features, logits = self._features(x_0)
                 chunk_labels = labels[start : start + batch_size]
                 if self.normality is not None:
                     guesses = self.normality.classify(features)
@@ -365,7 +385,7 @@ class RADPipeline(DiffusionPipeline):
                         self.normality.distance(residuals, chunk_labels, "residual"),
                         self.normality.distance(features, chunk_labels),
                     )
-                    raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, *distances)
+                    raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, *logits, *distances)
                     maps = self.normality.calibrate(raw, chunk_labels)
                     scores = {name: self.normality.image_scores(maps, chunk_labels, name) for name in maps}
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
@@ -400,6 +420,12 @@ class RADPipeline(DiffusionPipeline):
             **decision,
         )
         return _to_tensors(output) if output_type == "pt" else output
+
+    def _features(self, x_0: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The extractor's features of images, and a list of the discriminator's logits, empty if there is none."""
+        stages = self.feature_extractor.stages(x_0)
+        logits = [] if self.discriminator is None else [self.discriminator(stages)]
+        return self.feature_extractor.join(stages), logits
 
     def raw_scores(
         self,
@@ -449,7 +475,62 @@ class RADPipeline(DiffusionPipeline):
         )
         return kl, error, rgb, residuals.mean(1)
 
-    # -- normality ------------------------------------------------------------------------------------------------
+    # -- fitting --------------------------------------------------------------------------------------------------
+
+    def fit_discriminator(
+        self,
+        images: PipelineImageInput,
+        categories: list[str] | None = None,
+        num_steps: int = 1500,
+        batch_size: int = 8,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+        accelerator: "accelerate.Accelerator | None" = None,
+    ) -> None:
+        """Trains a discriminator, from the present one if there is one, on good images with artificial defects
+        (`paste_defects`). What good images look like changes with it: call `fit_normality` afterwards.
+
+        Args:
+            images: Good images, at least two.
+            categories: Category of each, by default one for all; texture is pasted within a category.
+            num_steps, batch_size, learning_rate: Of the training.
+            seed: Of weights and defects.
+            accelerator: Of several processes: each takes its share of every batch, and all get the same weights.
+        """
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        if len(images) < 2 or num_steps < 1:
+            raise ValueError(f"Give at least two images and one step, got {len(images)} and {num_steps}.")
+        categories = ["object"] * len(images) if categories is None else list(categories)
+        if len(categories) != len(images):
+            raise ValueError(f"{len(categories)} categories were given for {len(images)} images.")
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        device = self._execution_device
+        pixels = [self.image_processor.preprocess([image])[0][0] for image in images]
+        pixels = [((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels]
+        if self.discriminator is None:
+            torch.manual_seed(seed)
+            channels = self.feature_extractor.network.feature_info.channels()[-3:]
+            self.register_modules(discriminator=RADDiscriminator(stage_channels=tuple(channels)).to(device))
+        discriminator = self.discriminator.requires_grad_(True)
+
+        def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+            for x_0, mask in artificial_batches(pixels, categories, batch_size, seed, slice(rank, None, world)):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                    stages = [stage.float() for stage in self.feature_extractor.stages(x_0.to(device))]
+                side = stages[-len(discriminator.config.stage_channels)].shape[-1]
+                yield stages, F.adaptive_avg_pool2d(mask.to(device), side)
+
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if world == 1 else accelerator.reduce(tensor, "mean").to(tensor.dtype)
+
+        with self.progress_bar(total=num_steps) as progress:
+
+            def report(loss: float) -> None:
+                progress.set_postfix(loss=f"{loss:.3f}")
+                progress.update()
+
+            discriminator.fit(batches(), num_steps, learning_rate, reduce, report)
+        discriminator.half().float()  # saved in half precision: what is used is what is saved
 
     @torch.no_grad()
     def fit_normality(
@@ -519,19 +600,20 @@ class RADPipeline(DiffusionPipeline):
         # 2. Score it, keeping no more than the Gaussians and the maps need
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
         residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
-        raw_maps = torch.empty(len(own) - unscored, 3 * len(config["timesteps"]), map_size, map_size)
+        num_maps = 3 * len(config["timesteps"]) + (self.discriminator is not None)
+        raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
         with self.progress_bar(total=len(own)) as progress:
             for start in range(0, len(own), batch_size):
                 stop = start + batch_size
                 x_0, _ = self.image_processor.preprocess(own[start:stop])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
-                f = self.feature_extractor(x_0)
+                f, logits = self._features(x_0)
                 unet_labels = self._unet_labels_of_names(own_names[start:stop])
                 kl, error, rgb, residual = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
                 features[start:stop] = F.adaptive_avg_pool2d(f.float(), size)
                 residuals[start:stop] = F.adaptive_avg_pool2d(residual, size // 2)
                 if stop > unscored:
-                    maps = stack_raw_maps(kl, error, rgb, map_size)[max(unscored - start, 0) :]
+                    maps = stack_raw_maps(kl, error, rgb, map_size, *logits)[max(unscored - start, 0) :]
                     raw_maps[max(start - unscored, 0) : stop - unscored] = maps
                 progress.update(len(x_0))
 

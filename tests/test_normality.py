@@ -19,7 +19,7 @@ from rad.models.normality import SCORE_TYPES, _fit_gaussian, _Moments, stack_raw
 
 CHANNELS, SIDE, DIRECTIONS, MAP, TIMESTEPS = 6, 16, 4, 16, (20, 201)
 GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
-PARTS = ("pixel", "feature", "residual", "mahalanobis")  # in the order of the weights
+PARTS = ("pixel", "feature", "residual", "mahalanobis", "discriminator")  # in the order of the weights
 CONFIG = {"gaussian_channels": DIRECTIONS, "timesteps": TIMESTEPS, "top_k": 8}
 COUNT = 100
 
@@ -32,8 +32,9 @@ class GoodImages:
         layout = np.random.default_rng(8)
         self.mixing = layout.standard_normal((2, CHANNELS, CHANNELS)) / CHANNELS**0.5 + np.eye(CHANNELS)
         self.mean = layout.normal(offset, 3.0, (CHANNELS, SIDE, SIDE))
-        self.location = layout.uniform(1, 5, (3 * len(TIMESTEPS), MAP, MAP))
-        self.deviation = layout.uniform(0.5, 1.5, (3 * len(TIMESTEPS), MAP, MAP))
+        self.location = layout.uniform(1, 5, (3 * len(TIMESTEPS) + 1, MAP, MAP))
+        self.deviation = layout.uniform(0.5, 1.5, (3 * len(TIMESTEPS) + 1, MAP, MAP))
+        self.location[-1], self.deviation[-1] = -4.0, 2.0  # logits mean the same everywhere
 
     def _draw(self, count: int, mixing: np.ndarray, cell: int) -> np.ndarray:
         """Deviations that averaging over cells of this side leaves with about unit variance."""
@@ -254,9 +255,9 @@ def test_scores_behind_thresholds_are_held_out(name):
 def test_deviations_behind_thresholds_are_held_out():
     """The same for location and deviation of the raw maps, which are those of six images here."""
     features, residuals, raw_maps = GoodImages(seed=3).draw(6)
-    raw_maps += 2 * torch.randn(6, 3 * len(TIMESTEPS), 1, 1)  # each image lies high or low as a whole
-    model = fit(features, residuals, raw_maps)
-    z = (raw_maps - model.location[0, :-2]) / model.scale[0, :-2]
+    raw_maps += 2 * torch.randn(6, raw_maps.shape[1], 1, 1)  # each image lies high or low as a whole
+    model, positioned = fit(features, residuals, raw_maps), 3 * len(TIMESTEPS)
+    z = (raw_maps[:, :positioned] - model.location[0, :positioned]) / model.scale[0, :positioned]
     assert z.square().mean() < 1.02  # in their own units the images deviate by 1 at most
     # held out they deviate by more, which the scale of the combined maps has taken in
     seen = z.unflatten(1, (3, -1)).mean(2).transpose(0, 1).flatten(1).std(1)
@@ -300,7 +301,7 @@ def test_the_fused_map_is_the_weighted_sum(model, fresh):
 
 def test_the_fused_image_score_has_weights_of_its_own(fitted_on):
     """The fused map here is one part, the fused score that of another."""
-    model = fit(*fitted_on, weights=(0.0, 0.0, 0.0, 1.0), image_weights=(0.0, 1.0, 0.0, 0.0))
+    model = fit(*fitted_on, weights=(0.0, 0.0, 0.0, 1.0, 0.0), image_weights=(0.0, 1.0, 0.0, 0.0, 0.0))
     maps, scores = score(model, *GoodImages(seed=1).draw(50))
     torch.testing.assert_close(maps["fused"], maps["mahalanobis"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(scores["fused"], scores["feature"], rtol=1e-4, atol=1e-4)
@@ -309,7 +310,7 @@ def test_the_fused_image_score_has_weights_of_its_own(fitted_on):
 
 def test_the_fused_image_score_is_of_the_weighted_sum(fitted_on):
     """Up to its unit it is the mean of the sum's largest values; the threshold's scores are made alike."""
-    weights = (0.1, 0.2, 0.3, 0.4)
+    weights = (0.1, 0.2, 0.3, 0.4, 0.5)
     model = fit(*fitted_on, image_weights=weights)
     maps, scores = score(model, *GoodImages(seed=1).draw(50))
     weighted = sum(w * maps[name].double().numpy() for w, name in zip(weights, PARTS, strict=True))
@@ -339,16 +340,16 @@ def test_context_adds_the_mean_over_the_neighbourhood(fitted_on):
 
 
 def test_locations_and_deviations_are_averaged_over_neighbours_and_drawn_to_all_positions(model, fitted_on):
-    """Moments over 3 x 3 positions, those of all positions counting as ten more images; the distances share theirs."""
-    raw = fitted_on[2].double().numpy()
+    """Moments over 3 x 3 positions, those of all positions counting as ten more images; distances and logits share theirs."""
+    raw = fitted_on[2][:, :-1].double().numpy()
     moments = np.stack([raw.mean(0), (raw**2).mean(0)])
     mixed = np.zeros_like(moments)
     for row, column in np.ndindex(MAP, MAP):
         window = moments[..., max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
         mixed[..., row, column] = (COUNT * window.mean((-2, -1)) + 10 * moments.mean((-2, -1))) / (COUNT + 10)
-    np.testing.assert_allclose(model.location[0, :-2], mixed[0], rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(model.scale[0, :-2], np.sqrt(mixed[1] - mixed[0] ** 2), rtol=1e-2)
-    for buffer in (model.location[0, -2:], model.scale[0, -2:]):
+    np.testing.assert_allclose(model.location[0, :-3], mixed[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.scale[0, :-3], np.sqrt(mixed[1] - mixed[0] ** 2), rtol=1e-2)
+    for buffer in (model.location[0, -3:], model.scale[0, -3:]):
         assert torch.equal(buffer, buffer[:, :1, :1].expand_as(buffer))
     assert model.location[0, -2:].mean().item() == pytest.approx(DIRECTIONS**0.5, rel=0.15)
 
@@ -386,6 +387,22 @@ def test_raw_maps_are_stacked_on_one_grid():
     for channel, distance in zip(stacked[:, 6:].split(1, dim=1), distances, strict=True):
         torch.testing.assert_close(channel, F.interpolate(distance[:, None], (8, 8), mode="bilinear"))
     assert stacked.isfinite().all()
+
+
+def test_without_a_discriminator_all_else_is_the_same(model, fitted_on):
+    features, residuals, raw_maps = fitted_on
+    without = fit(features, residuals, raw_maps[:, :-1], weights=(0.05, 0.25, 0.35, 0.35, 7.0))
+    draws = GoodImages(seed=6).draw(4)
+    (maps, scores), (plain, plain_scores) = score(model, *draws), score(without, *draws[:2], draws[2][:, :-1])
+    assert without.score_types == SCORE_TYPES[:-1] and set(plain) == set(maps) - {"discriminator"}
+    for name in plain:  # the default weight of the discriminator is 0
+        torch.testing.assert_close(plain[name], maps[name])
+        torch.testing.assert_close(plain_scores[name], scores[name])
+
+
+def test_weights_of_another_number_are_refused():
+    with pytest.raises(ValueError, match="weights must be 5 numbers"):
+        NormalityModel(weights=(0.5, 0.5))
 
 
 # p-values and thresholds

@@ -37,6 +37,8 @@ SMALL += [
     "--no-evaluate",
     "--logging_steps",
     "1",
+    "--discriminator_steps",
+    "2",
 ]
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
 

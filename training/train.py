@@ -68,7 +68,8 @@ FREE_ARGUMENTS = """train_data_dir cache_dir dataloader_num_workers cache_images
     overwrite_output_dir train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs
     gradient_checkpointing allow_tf32 mixed_precision checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint logging_steps report_to validation_steps num_validation_images evaluate push_to_hub
-    hub_model_id hub_token hub_private_repo map_weights image_weights context fit_only""".split()
+    hub_model_id hub_token hub_private_repo map_weights image_weights context fit_only
+    discriminator_steps""".split()
 
 
 def positive(text: str) -> int:
@@ -132,8 +133,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Train nothing: fit normality with a pretrained network, or 'synthetic'.",
     )
-    add("--map_weights", type=float, nargs=4, help="KL, feature error, residual, Mahalanobis: map.")
-    add("--image_weights", type=float, nargs=4, help="The same four in the image score.")
+    add(
+        "--discriminator_steps",
+        type=int,
+        default=1500,
+        help="Of training the discriminator on artificial defects; 0 leaves out its score.",
+    )
+    add("--map_weights", type=float, nargs=5, help="KL, feature error, residual, Mahalanobis, discriminator: map.")
+    add("--image_weights", type=float, nargs=5, help="The same five in the image score.")
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
 
     add = parser.add_argument_group("training").add_argument
@@ -586,8 +593,19 @@ def estimate_time(
         return time.perf_counter() - start
 
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):  # leaves no trace
+        if args.discriminator_steps and not args.fit_only:
+            probe = RADPipeline(pipeline.unet, pipeline.scheduler, pipeline.feature_extractor)
+            probe.set_progress_bar_config(disable=True)
+            noise, elapsed = torch.randint(256, (2, 3, *[args.resolution] * 2), dtype=torch.uint8), []
+            for count in (1, 3):
+                start = time.perf_counter()
+                probe.fit_discriminator(list(noise), num_steps=count, accelerator=accelerator)
+                elapsed.append(time.perf_counter() - start)
+            discriminator = max(0.0, elapsed[1] - elapsed[0]) / 2 * args.discriminator_steps
         fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
         text = f"{fit / 60:.0f} minutes for normality"
+        if args.discriminator_steps and not args.fit_only:
+            text = f"{discriminator / 60:.0f} minutes for {args.discriminator_steps} of the discriminator, then {text}"
         if num_steps:
             crop = seconds(sampler.batch_size, sampler.crop_size, True)
             whole = seconds(sampler.num_whole, args.resolution, True)
@@ -658,12 +676,13 @@ def save_model(pipeline: RADPipeline, output_dir: Path) -> None:
     """Saves half-precision weights beside, then moves them in place, the index last."""
     with written_whole(output_dir / "model", "The pipeline") as partial:
         pipeline.register_to_config(_name_or_path="")
-        for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
+        models = [model for name, model in pipeline.components.items() if model is not None and name != "scheduler"]
+        for model in models:
             model.half().register_to_config(_name_or_path="")  # no local paths in what may be published
         pipeline.save_pretrained(partial)
         (output_dir / "model_index.json").unlink(missing_ok=True)  # without it nobody loads half of each
         move_in_place(partial, output_dir)
-    for model in (pipeline.unet, pipeline.feature_extractor, pipeline.normality):
+    for model in models:
         model.float()
 
 
@@ -823,14 +842,30 @@ def main(args: argparse.Namespace) -> None:
     else:
         train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
 
-    # 3. Normality, of weights rounded to half precision first: what is measured is what is saved
+    # 3. The discriminator, on the network's own images: those held out stay unseen. Weights are rounded to half
+    # precision first: what is measured is what is saved
     pipeline.unet.half().float().eval()
     pipeline.feature_extractor.half().float()
+    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
+    category = {i: dataset.samples[i].category for i in decoded}
+    if not args.fit_only:
+        pipeline.register_modules(discriminator=None)
+    if args.discriminator_steps and not args.fit_only:
+        pipeline.set_progress_bar_config(desc="Training the discriminator", disable=not show_progress)
+        start = time.monotonic()
+        pipeline.fit_discriminator(
+            [image[i] for i in train],
+            [category[i] for i in train],
+            num_steps=args.discriminator_steps,
+            seed=args.seed,
+            accelerator=accelerator,
+        )
+        logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+    # 4. Normality
     pipeline.set_progress_bar_config(desc="Fitting normality", disable=not show_progress)
     fusion = {"weights": args.map_weights, "image_weights": args.image_weights, "context": args.context}
     start = time.monotonic()
-    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
-    category = {i: dataset.samples[i].category for i in decoded}
     pipeline.fit_normality(
         [image[i] for i in train],
         holdout_images=[image[i] for i in holdout] or None,
@@ -846,7 +881,7 @@ def main(args: argparse.Namespace) -> None:
         f"{1 / (num_scores + 1):.1%} are extrapolated."
     )
 
-    # 4. The pipeline, its card, and what it can do; one process writes
+    # 5. The pipeline, its card, and what it can do; one process writes
     if accelerator.is_main_process:
         save_model(pipeline, output_dir)
         logger.info(f"Saved the pipeline to {output_dir}.")

@@ -94,11 +94,20 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         self.channel_mean.copy_(mean)
         self.channel_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt())
 
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The backbone's stages for images [B, 3, H, W] in [-1, 1], finest first, [B, C_i, h_i, w_i] each;
+        every channel is in units of its deviation on good images once `calibrate` has run."""
+        stages = self.network(((images + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std)
+        counts = [stage.shape[1] for stage in stages]
+        means, stds = (x.view(-1, 1, 1).split(counts) for x in (self.channel_mean, self.channel_std))
+        return [(stage - mean) / std for stage, mean, std in zip(stages, means, stds, strict=True)]
+
+    def join(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """Stages resized to one grid and concatenated, as `forward` gives them."""
+        stride = self.config.feature_stride / self.network.feature_info.reduction()[0]
+        size = [round(side / stride) for side in stages[0].shape[-2:]]
+        return torch.cat([F.interpolate(stage, size, mode="bilinear", antialias=True) for stage in stages], dim=1)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of images [B, 3, H, W] in [-1, 1]: [B, num_channels, H / feature_stride, W / feature_stride],
-        each channel in units of its deviation on good images once `calibrate` has run."""
-        x = ((images + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std
-        size = [side // self.config.feature_stride for side in images.shape[-2:]]
-        stages = [F.interpolate(f, size, mode="bilinear", antialias=True) for f in self.network(x)]
-        features = torch.cat(stages, dim=1)
-        return (features - self.channel_mean.view(1, -1, 1, 1)) / self.channel_std.view(1, -1, 1, 1)
+        """Features of images [B, 3, H, W] in [-1, 1]: [B, num_channels, H / feature_stride, W / feature_stride]."""
+        return self.join(self.stages(images))

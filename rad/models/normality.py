@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb")
-FUSED = ("pixel", "feature", "residual", "mahalanobis")
+SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator")
+FUSED = ("pixel", "feature", "residual", "mahalanobis", "discriminator")
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
 NUM_FOLDS = 5
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
@@ -36,7 +36,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         gaussian_channels: Both are projected to this many orthonormal directions.
         gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids.
         map_size: Side of the grid of calibrated maps.
-        weights: Of the KL, feature error, residual and Mahalanobis maps in the fused map.
+        weights: Of the KL, feature error, residual, Mahalanobis and discriminator maps in the fused map.
         image_weights: Likewise in the map whose largest values make the fused image score: what finds a defect's
             outline best is not what tells bad images from good ones best.
         context: How much the mean over a neighbourhood of half the side adds to the fused map; it helps large, faint
@@ -44,6 +44,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
         num_scores: Held-out good images in all.
         pooled: For each category, whether one Gaussian serves all positions.
+        discriminator: Whether there are maps of a discriminator; without one, its weights do not count.
     """
 
     @register_to_config
@@ -56,15 +57,19 @@ class NormalityModel(ModelMixin, ConfigMixin):
         gaussian_channels: int = 140,
         gaussian_block: int = 1,
         map_size: int = 64,
-        weights: tuple[float, float, float, float] = (0.05, 0.25, 0.35, 0.35),
-        image_weights: tuple[float, float, float, float] = (0.0, 0.0, 0.5, 0.5),
+        weights: tuple[float, ...] = (0.05, 0.25, 0.35, 0.35, 0.0),
+        image_weights: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5, 0.0),
         context: float = 0.0,
         top_k: int = 64,
         num_scores: int = 1,
         pooled: tuple[bool, ...] = (False,),
+        discriminator: bool = False,
     ):
         super().__init__()
-        num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2, gaussian_channels
+        for name, given in (("weights", weights), ("image_weights", image_weights)):
+            if len(given) != len(FUSED):
+                raise ValueError(f"{name} must be {len(FUSED)} numbers, those of {', '.join(FUSED)}, got {given}.")
+        num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2 + discriminator, gaussian_channels
         self.register_buffer("projection", torch.zeros(feature_channels, channels))
         if gaussian_size < 2 or gaussian_size % gaussian_block or gaussian_size // 2 % gaussian_block:
             raise ValueError(
@@ -80,11 +85,16 @@ class NormalityModel(ModelMixin, ConfigMixin):
         self.register_buffer("category_std", torch.ones(num_categories, channels))
         self.register_buffer("location", torch.zeros(num_categories, num_maps, map_size, map_size))
         self.register_buffer("scale", torch.ones(num_categories, num_maps, map_size, map_size))
-        self.register_buffer("map_scale", torch.ones(num_categories, len(SCORE_TYPES)))
-        self.register_buffer("score_location", torch.zeros(num_categories, len(SCORE_TYPES)))
-        self.register_buffer("score_scale", torch.ones(num_categories, len(SCORE_TYPES)))
-        self.register_buffer("good_scores", torch.zeros(len(SCORE_TYPES), num_scores))  # sorted, standardised
-        self.register_buffer("pixel_quantiles", torch.zeros(len(SCORE_TYPES), len(TAIL)))
+        self.register_buffer("map_scale", torch.ones(num_categories, len(self.score_types)))
+        self.register_buffer("score_location", torch.zeros(num_categories, len(self.score_types)))
+        self.register_buffer("score_scale", torch.ones(num_categories, len(self.score_types)))
+        self.register_buffer("good_scores", torch.zeros(len(self.score_types), num_scores))  # sorted, standardised
+        self.register_buffer("pixel_quantiles", torch.zeros(len(self.score_types), len(TAIL)))
+
+    @property
+    def score_types(self) -> tuple[str, ...]:
+        """The score types there are, "fused" first."""
+        return SCORE_TYPES if self.config.discriminator else SCORE_TYPES[:-1]
 
     # -- Gaussians ------------------------------------------------------------------------------------------------
 
@@ -129,18 +139,19 @@ class NormalityModel(ModelMixin, ConfigMixin):
         """Calibrated maps of each type [B, map_size, map_size], in units of good-image deviation.
 
         Args:
-            raw_maps: From `stack_raw_maps`, [B, 3 T + 2, map_size, map_size].
+            raw_maps: From `stack_raw_maps`, [B, 3 T (+ 1) + 2, map_size, map_size].
             labels: Class label of each image.
         """
         z = (raw_maps - self.location[labels].float()) / self.scale[labels].float()
         return self._combine(z, self.map_scale[labels].float())
 
     def _combine(self, z: torch.Tensor, map_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over timesteps of deviations z [B, 3 T + 2, h, w], and their weighted sum, each in its own scale."""
+        """Means over timesteps of deviations z [B, 3 T (+ 1) + 2, h, w], and their weighted sum, each in its scale."""
         num_timesteps = len(self.config.timesteps)
-        names = ("pixel", "feature", "rgb", "residual", "mahalanobis")
-        parts = z.split([num_timesteps] * 3 + [1, 1], dim=1)
-        scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(SCORE_TYPES)}
+        further = (["discriminator"] if self.config.discriminator else []) + ["residual", "mahalanobis"]
+        names = ["pixel", "feature", "rgb", *further]
+        parts = z.split([num_timesteps] * 3 + [1] * len(further), dim=1)
+        scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(self.score_types)}
         maps = {name: part.mean(1) / scale[name] for name, part in zip(names, parts, strict=True)}
         fused = _weighted(maps, self.config.weights)
         if self.config.context:
@@ -230,7 +241,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
                 may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
             residuals: What their prediction leaves, likewise.
             labels: Class label of each image of all shares, [N].
-            raw_maps: KL, feature error and RGB difference maps of the scored images in this share, [m, 3 T, h, w].
+            raw_maps: KL, feature error and RGB difference maps, and a discriminator's logits if there is one, of the
+                scored images in this share, [m, 3 T (+ 1), h, w].
             categories: Their names; each needs at least two scored images.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
@@ -266,6 +278,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
             feature_channels=features.shape[1],
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
+            discriminator=raw_maps.shape[1] % 3 == 1,
             pooled=(False,) * len(categories),
             **defaults | config,
         ).to(raw_maps.device)
@@ -276,8 +289,9 @@ class NormalityModel(ModelMixin, ConfigMixin):
         block, size = model.config.gaussian_block, model.config.map_size
         rows, columns = torch.tril_indices(*[model.config.gaussian_channels] * 2)
 
-        maps, pooled = raw_maps.new_zeros(len(SCORE_TYPES), num_scored, size, size, dtype=torch.float32), []
-        scores = maps.new_zeros(len(SCORE_TYPES), num_scored)
+        names, num_positioned = model.score_types, 3 * len(model.config.timesteps)
+        maps, pooled = raw_maps.new_zeros(len(names), num_scored, size, size, dtype=torch.float32), []
+        scores = maps.new_zeros(len(names), num_scored)
         for label, count in enumerate(counts):
             mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
             fold, scored = fold_of[mine], fold_of[mine] >= 0
@@ -315,24 +329,24 @@ class NormalityModel(ModelMixin, ConfigMixin):
             moments, z = _Moments.of(raw, reduce), torch.empty_like(raw)
             for k in folds:
                 held_out = fold[scored] == k
-                location, scale = _fit_deviation(moments - _Moments.of(raw[held_out], reduce))
+                location, scale = _fit_deviation(moments - _Moments.of(raw[held_out], reduce), num_positioned)
                 z[held_out] = (raw[held_out] - location) / scale
-            model.location[label], model.scale[label] = _fit_deviation(moments)
+            model.location[label], model.scale[label] = _fit_deviation(moments, num_positioned)
 
             # 3. Unit deviation for each combined map, first the parts, then the fused one
-            map_scale = raw.new_ones(1, len(SCORE_TYPES))
+            map_scale = raw.new_ones(1, len(names))
             parts = model._combine(z, map_scale)
-            parts = torch.stack([parts[name].flatten() for name in SCORE_TYPES[1:]], dim=1)
+            parts = torch.stack([parts[name].flatten() for name in names[1:]], dim=1)
             map_scale[0, 1:] = _Moments.of(parts, reduce).mean_and_std()[1]
             fused = model._combine(z, map_scale)["fused"].flatten()
             map_scale[0, 0] = _Moments.of(fused, reduce).mean_and_std()[1]
             model.map_scale[label] = map_scale[0]
             combined = model._combine(z, map_scale)
-            top = torch.stack([model._top_k_mean(combined, name) for name in SCORE_TYPES])
+            top = torch.stack([model._top_k_mean(combined, name) for name in names])
             mean, std = _Moments.of(top.T, reduce).mean_and_std()
             model.score_location[label], model.score_scale[label] = mean, std.clamp_min(1e-3)
             places = place[mine][scored]
-            maps[:, places] = torch.stack([combined[name] for name in SCORE_TYPES])
+            maps[:, places] = torch.stack([combined[name] for name in names])
             scores[:, places] = (top - model.score_location[label, :, None]) / model.score_scale[label, :, None]
         model.register_to_config(pooled=tuple(pooled))
 
@@ -375,18 +389,19 @@ class _Moments(NamedTuple):
         return mean, variance.clamp_min(0).sqrt()
 
 
-def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *distances) -> torch.Tensor:
-    """Raw score maps on one grid, [B, 3 T (+ 2), size, size].
+def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *others) -> torch.Tensor:
+    """Raw score maps on one grid, [B, 3 T + len(others), size, size].
 
     KL and RGB difference are averaged down, then their logs taken: both are positive with a long tail.
 
     Args:
         kl, rgb: [B, T, H, W].
         error: [B, T, h, w].
-        distances: Of the residuals and of the features, each [B, g, g]; left out while fitting.
+        others: A discriminator's logits if there is one, then the distances of the residuals and of the features, each
+            [B, g, g]; the distances are left out while fitting.
     """
     kl, rgb = (_resize(m, size).clamp_min(1e-6).log() for m in (kl, rgb))
-    return torch.cat([kl, _resize(error, size), rgb, *(_resize(d, size) for d in distances)], dim=1)
+    return torch.cat([kl, _resize(error, size), rgb, *(_resize(m, size) for m in others)], dim=1)
 
 
 def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
@@ -398,7 +413,7 @@ def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _weighted(maps: dict[str, torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
-    return sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True))
+    return sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True) if name in maps)
 
 
 def _blocks(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -433,16 +448,16 @@ def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.
     return mean.float(), torch.from_numpy(whitening).float().to(mean.device)
 
 
-def _fit_deviation(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_deviation(moments: _Moments, num_positioned: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Location and deviation at every position of maps with these moments, each [M, h, w].
 
     Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
-    `PRIOR_IMAGES` images: few images say little of any one position. The distances, the last two maps, are in units of
-    each position's deviation already: one location and deviation serves all of theirs.
+    `PRIOR_IMAGES` images: few images say little of any one position. Distances and logits, the maps after the first
+    `num_positioned`, mean the same everywhere already: one location and deviation serves all of their positions.
     """
     count, means = moments.count, torch.stack([moments.first, moments.second]) / moments.count
     everywhere = means.mean((-2, -1), keepdim=True).expand_as(means)
     means = F.avg_pool2d(means, 3, stride=1, padding=1, count_include_pad=False)
     location, square = (count * means + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
-    location[-2:], square[-2:] = everywhere[0, -2:], everywhere[1, -2:]
+    location[num_positioned:], square[num_positioned:] = everywhere[:, num_positioned:]
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
