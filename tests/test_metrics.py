@@ -1,13 +1,26 @@
 """Metrics against scikit-learn and against plain loops, and their refusals."""
 
 import math
+import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy.ndimage import label
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
-from rad.metrics import aupro, average_precision, image_auroc, pixel_ap, pixel_auroc, psnr
+from rad.metrics import (
+    aupro,
+    average_precision,
+    f1_max,
+    image_auroc,
+    image_metrics,
+    pixel_ap,
+    pixel_auroc,
+    pixel_curves,
+    pixel_metrics,
+    psnr,
+)
 
 PIXEL_METRICS = [pixel_auroc, pixel_ap, aupro]
 SIZES = [(24, 24), (17, 31), (9, 12)]
@@ -24,6 +37,11 @@ def sample(seed: int, levels: int | None):
 
 def pooled(maps, masks):
     return np.concatenate([m.ravel() for m in masks]), np.concatenate([m.ravel() for m in maps])
+
+
+def slow_f1_max(scores, labels):
+    counts = [(np.sum(labels[scores >= t]), np.sum(scores >= t)) for t in np.unique(scores)]
+    return max(2 * hits / (alarms + np.sum(labels)) for hits, alarms in counts)
 
 
 def slow_aupro(maps, masks, max_fpr):
@@ -44,13 +62,22 @@ def slow_aupro(maps, masks, max_fpr):
     return area / max_fpr
 
 
+@pytest.mark.parametrize("max_pixels", [1, 50, 2**20])
 @pytest.mark.parametrize("levels", [None, 10, 2])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_pixel_auroc_and_ap_equal_scikit_learn(seed, levels):
+def test_pixel_metrics_equal_scikit_learn_and_loops_however_few_pixels_are_held(seed, levels, max_pixels):
     maps, masks = sample(seed, levels)
     labels, scores = pooled(maps, masks)
-    assert pixel_auroc(maps, masks) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
-    assert pixel_ap(maps, masks) == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+    assert pixel_metrics(maps, masks, max_pixels=max_pixels) == pytest.approx(
+        {
+            "pixel_auroc": roc_auc_score(labels, scores),
+            "pixel_ap": average_precision_score(labels, scores),
+            "pixel_f1_max": slow_f1_max(scores, labels),
+            "aupro": slow_aupro(maps, masks, 0.3),
+            "aupro_0.05": slow_aupro(maps, masks, 0.05),
+        },
+        abs=1e-9,
+    )
 
 
 @pytest.mark.parametrize("max_fpr", [0.01, 0.05, 0.3, 1.0])
@@ -59,6 +86,65 @@ def test_pixel_auroc_and_ap_equal_scikit_learn(seed, levels):
 def test_aupro_equals_a_loop_over_thresholds_and_regions(seed, levels, max_fpr):
     maps, masks = sample(seed, levels)
     assert aupro(maps, masks, max_fpr) == pytest.approx(slow_aupro(maps, masks, max_fpr), abs=1e-9)
+
+
+class Lazy(Sequence):
+    """Arrays made when they are asked for, as if read from disk."""
+
+    def __init__(self, make, count: int):
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index >= self.count:
+            raise IndexError(index)
+        return self.make(index)
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    def mask(index):
+        return np.arange(64 * 64).reshape(64, 64) // 16 == index % 256
+
+    def score(index):
+        return np.random.default_rng(index).random((64, 64), np.float32) + 0.2 * mask(index)
+
+    def peak(count):
+        tracemalloc.start()
+        pixel_metrics(Lazy(score, count), Lazy(mask, count), max_pixels=2**9)
+        bytes_held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return bytes_held
+
+    peak(10)  # what is allocated once only
+    assert peak(120) < 1.5 * peak(30)
+
+
+@pytest.mark.parametrize("levels", [None, 10])
+def test_curves_have_the_areas_that_the_metrics_state(levels):
+    maps, masks = sample(0, levels)
+    metrics, curves = pixel_metrics(maps, masks, (1.0,)), pixel_curves(maps, masks)
+    assert auc(curves["fpr"], curves["tpr"]) == pytest.approx(metrics["pixel_auroc"], abs=0.01)
+    assert auc(curves["fpr"], curves["pro"]) == pytest.approx(metrics["aupro_1"], abs=0.01)
+    gains = np.diff(curves["tpr"])
+    assert np.sum(gains * curves["precision"][1:]) == pytest.approx(metrics["pixel_ap"], abs=1e-9)
+
+
+def test_thinned_curves_hold_points_of_the_whole_curves():
+    maps, masks = sample(0, None)
+    labels, scores = pooled(maps, masks)
+    curves = pixel_curves(maps, masks, num_points=7, max_pixels=20)
+    assert {len(values) for values in curves.values()} == {9}
+    rows = np.array(list(curves.values())).T
+    assert rows[0].tolist() == [math.inf, 0, 0, 1, 0]
+    assert rows[-1] == pytest.approx([-math.inf, 1, 1, labels.mean(), 1])
+    for threshold, fpr, tpr, precision, _ in rows[1:-1]:
+        above = scores >= threshold
+        assert (fpr, tpr, precision) == pytest.approx(
+            (above[labels == 0].mean(), above[labels].mean(), labels[above].mean())
+        )
+    assert curves["tpr"][1] < 0.02 and curves["tpr"][-2] == 1  # from the first to the last defect pixel
 
 
 def test_aupro_by_hand():
@@ -152,9 +238,25 @@ def test_image_metrics_by_hand():
     scores, labels = np.array([0.1, 0.4, 0.4, 0.8]), np.array([0, 0, 1, 1])
     assert image_auroc(scores, labels) == pytest.approx(3.5 / 4)
     assert average_precision(scores, labels) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert f1_max(scores, labels) == pytest.approx(2 * 2 / 3 * 1 / (2 / 3 + 1))  # both found, with one false alarm
 
 
-@pytest.mark.parametrize("metric", [image_auroc, average_precision])
+@pytest.mark.parametrize("levels", [None, 10, 2])
+def test_image_metrics_equal_scikit_learn(levels):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 40)
+    scores = rng.random(40) + 0.5 * labels
+    scores = np.round(scores * levels) if levels else scores
+    assert image_metrics(scores, labels) == pytest.approx(
+        {
+            "image_auroc": roc_auc_score(labels, scores),
+            "image_ap": average_precision_score(labels, scores),
+            "image_f1_max": slow_f1_max(scores, labels),
+        }
+    )
+
+
+@pytest.mark.parametrize("metric", [image_auroc, average_precision, f1_max])
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
