@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Times training side by side, in one run: layouts of the U-Net, and the loop against a plain one in RAN's manner.
+"""Times side by side, in one run: layouts of the U-Net, the training loop against a plain one in RAN's manner, and
+pixel metrics against a plain loop.
 
     python training/benchmark.py layouts
     python training/benchmark.py loop
+    python training/benchmark.py metrics
 
 A step is forward, losses, backward and update. Each figure is the median over rounds in which all candidates take
 turns, so that a busy machine slows all of them alike; ratios are to the first row.
@@ -19,6 +21,8 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from scipy.ndimage import gaussian_filter, label
+from sklearn.metrics import auc, average_precision_score, roc_auc_score
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from train import compute_losses
@@ -27,6 +31,7 @@ from rad import RADFeatureExtractor, RADImageProcessor, RADScheduler, RADUNet2DM
 from rad.data import AnomalyDataset, Sample
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
 from rad.data.synthetic import render
+from rad.metrics import pixel_metrics
 from rad.pipeline_rad import EMBEDDED_DIR
 
 LAYOUTS = {  # with about the parameters of "small", the first
@@ -46,7 +51,7 @@ RESOLUTION, CROP_SIZE, BATCH_SIZE = 256, 128, 8
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layouts", "loop"))
+    parser.add_argument("what", choices=("layouts", "loop", "metrics"))
     parser.add_argument("--rounds", type=int, default=5, help="Each candidate is timed this often.")
     parser.add_argument("--compile", action="store_true", help="layouts: also torch.compile, minutes to start with.")
     return parser.parse_args(argv)
@@ -161,6 +166,61 @@ def time_loops(args: argparse.Namespace) -> None:
         print(f"| {name} | {1 / value:.2f} | {first / value:.2f} x |")
 
 
+def random_maps(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth maps [N, size, size] and masks: three discs in every second image, where the map is a little higher."""
+    rng = np.random.default_rng(0)
+    maps = np.stack([gaussian_filter(rng.normal(size=(size, size)).astype(np.float32), 2) for _ in range(count)])
+    masks = np.zeros(maps.shape, bool)
+    rows, columns = np.indices((size, size))
+    for mask in masks[::2]:
+        for y, x, radius in rng.uniform((0, 0, size / 32), (size, size, size / 8), (3, 3)):
+            mask |= (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+    return maps + 0.1 * masks.astype(np.float32), masks
+
+
+def plain_pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """The metrics as they are defined: every region at every threshold."""
+    good, defect, regions = maps[~masks], maps[masks], []
+    for m, mask in zip(maps, masks, strict=True):
+        labels, count = label(mask, np.ones((3, 3)))
+        regions += [m[labels == i] for i in range(1, count + 1)]
+    fpr, pro, f1 = [0.0], [0.0], []
+    for threshold in np.unique(maps)[::-1]:
+        hits, alarms = np.sum(defect >= threshold), np.sum(good >= threshold)
+        f1.append(2 * hits / (hits + alarms + defect.size))
+        fpr.append(alarms / good.size)
+        pro.append(np.mean([np.mean(region >= threshold) for region in regions]))
+    results = {
+        "pixel_auroc": roc_auc_score(masks.ravel(), maps.ravel()),
+        "pixel_ap": average_precision_score(masks.ravel(), maps.ravel()),
+        "pixel_f1_max": max(f1),
+    }
+    for name, limit in (("aupro", 0.3), ("aupro_0.05", 0.05)):
+        count = np.searchsorted(fpr, limit)
+        x, y = [*fpr[:count], limit], [*pro[:count], np.interp(limit, fpr, pro)]
+        results[name] = auc(x, y) / limit
+    return results
+
+
+def time_metrics(args: argparse.Namespace) -> None:
+    """Seconds of all pixel metrics together, beside the plain loop on a set small enough for it."""
+    small, large = random_maps(4, 64), random_maps(500, 256)
+    plain, ours = plain_pixel_metrics(*small), pixel_metrics(*small)
+    seconds = side_by_side(
+        {
+            "plain loop, 4 images of 64 x 64": lambda: plain_pixel_metrics(*small),
+            "ours, the same": lambda: pixel_metrics(*small),
+            "ours, 500 images of 256 x 256": lambda: pixel_metrics(*large),
+        },
+        args.rounds,
+    )
+    first = next(iter(seconds.values()))
+    print(f"Largest difference between the two: {max(abs(plain[name] - ours[name]) for name in plain):.1e}")
+    print("| all pixel metrics | s | speed, by pixel |\n|---|---|---|")
+    for (name, value), (maps, _) in zip(seconds.items(), (small, small, large), strict=True):
+        print(f"| {name} | {value:.3f} | {first / value * maps.size / small[0].size:,.0f} x |")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    {"layouts": time_layouts, "loop": time_loops}[arguments.what](arguments)
+    {"layouts": time_layouts, "loop": time_loops, "metrics": time_metrics}[arguments.what](arguments)
