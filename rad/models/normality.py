@@ -57,7 +57,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         gaussian_channels: int = 140,
         gaussian_block: int = 1,
         map_size: int = 64,
-        weights: tuple[float, ...] = (0.05, 0.25, 0.35, 0.35, 0.0),
+        weights: tuple[float, ...] = (0.3, 0.6, 0.25, 0.25, 3.0),
         image_weights: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5, 0.0),
         context: float = 0.0,
         top_k: int = 64,
