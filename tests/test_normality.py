@@ -340,7 +340,8 @@ def test_context_adds_the_mean_over_the_neighbourhood(fitted_on):
 
 
 def test_locations_and_deviations_are_averaged_over_neighbours_and_drawn_to_all_positions(model, fitted_on):
-    """Moments over 3 x 3 positions, those of all positions counting as ten more images; distances and logits share theirs."""
+    """Moments over 3 x 3 positions, those of all positions counting as ten more images; distances and logits
+    share theirs."""
     raw = fitted_on[2][:, :-1].double().numpy()
     moments = np.stack([raw.mean(0), (raw**2).mean(0)])
     mixed = np.zeros_like(moments)

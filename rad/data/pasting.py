@@ -91,7 +91,7 @@ def _shape(side: int, rng: np.random.Generator) -> np.ndarray:
         return _line(side, rng)
     if kind < 0.9:
         return _blob(side, rng, 0.001 * pixels, 0.053 * pixels, at_border=True)
-    noise = _noise(side, int(2 ** rng.integers(1, 6)), rng)
+    noise = _smooth_noise(side, int(2 ** rng.integers(1, 6)), rng)
     return noise > np.quantile(noise, rng.uniform(0.75, 0.97))
 
 
@@ -100,11 +100,11 @@ def _beyond_edge(side: int, rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
     angle = rng.choice(4) * np.pi / 2 + rng.normal() * 0.15 if rng.random() < 0.7 else rng.uniform(-np.pi, np.pi)
     distance = x * np.cos(angle) + y * np.sin(angle)
-    distance += _noise(side, int(rng.integers(2, 8)), rng) * rng.uniform(0, 0.055)
-    distance += _noise(side, 24, rng) * rng.uniform(0, 0.012)
+    distance += _smooth_noise(side, int(rng.integers(2, 8)), rng) * rng.uniform(0, 0.055)
+    distance += _smooth_noise(side, 24, rng) * rng.uniform(0, 0.012)
     shape = distance > np.quantile(distance, 1 - rng.uniform(0.04, 0.5))
     if rng.random() < 0.3:
-        along = y * np.cos(angle) - x * np.sin(angle) + _noise(side, 6, rng) * 0.03
+        along = y * np.cos(angle) - x * np.sin(angle) + _smooth_noise(side, 6, rng) * 0.03
         shape &= along > rng.uniform(-0.47, 0.23)
     return shape
 
@@ -121,7 +121,7 @@ def _blob(side: int, rng: np.random.Generator, smallest: float, largest: float, 
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     distance = np.hypot(u / (radius * stretch), v * stretch / radius)
     cells = int(np.clip(side / max(radius, 4.0), 3, 40))
-    return distance + _noise(side, cells, rng) * rng.uniform(0, 0.25) < 1
+    return distance + _smooth_noise(side, cells, rng) * rng.uniform(0, 0.25) < 1
 
 
 def _line(side: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,13 +156,13 @@ def _fill(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.
     if kind < 0.9:  # a mottled colour, most often a dark one
         level = rng.uniform(0, 90) if rng.random() < 0.7 else rng.uniform(90, 255)
         tint = level + rng.normal(size=3) * image.std((0, 1)).std()  # grey on grey images
-        mottle = _noise(side, int(2 ** rng.integers(2, 7)), rng)[..., None] * rng.uniform(0, 10)
+        mottle = _smooth_noise(side, int(2 ** rng.integers(2, 7)), rng)[..., None] * rng.uniform(0, 10)
         return tint + mottle + 0.2 * rng.random() * (image - image.mean((0, 1)))
     shift = rng.choice([-1, 1], p=[0.7, 0.3]) * rng.uniform(12, 70)  # a stain or a highlight
-    return image + shift + _noise(side, 32, rng)[..., None] * rng.uniform(0, 6)
+    return image + shift + _smooth_noise(side, 32, rng)[..., None] * rng.uniform(0, 6)
 
 
-def _noise(side: int, cells: int, rng: np.random.Generator) -> np.ndarray:
+def _smooth_noise(side: int, cells: int, rng: np.random.Generator) -> np.ndarray:
     """Smooth noise of about unit deviation with so many cells a side, float32 [side, side]."""
     grid = Image.fromarray(rng.standard_normal((cells + 2, cells + 2), dtype=np.float32))
     inner = (0.5, 0.5, cells + 1.5, cells + 1.5)
