@@ -485,17 +485,16 @@ class RADPipeline(DiffusionPipeline):
         batch_size: int = 8,
         learning_rate: float = 1e-3,
         seed: int = 0,
-        accelerator: "accelerate.Accelerator | None" = None,
     ) -> None:
         """Trains a discriminator, from the present one if there is one, on good images with artificial defects
-        (`paste_defects`). What good images look like changes with it: call `fit_normality` afterwards.
+        (`paste_defects`). What good images look like changes with it: call `fit_normality` afterwards. Where there are
+        several processes, each does the same.
 
         Args:
             images: Good images, at least two.
             categories: Category of each, by default one for all; texture is pasted within a category.
             num_steps, batch_size, learning_rate: Of the training.
             seed: Of weights and defects.
-            accelerator: Of several processes: each takes its share of every batch, and all get the same weights.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         if len(images) < 2 or num_steps < 1:
@@ -503,7 +502,6 @@ class RADPipeline(DiffusionPipeline):
         categories = ["object"] * len(images) if categories is None else list(categories)
         if len(categories) != len(images):
             raise ValueError(f"{len(categories)} categories were given for {len(images)} images.")
-        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         device = self._execution_device
         pixels = [self.image_processor.preprocess([image])[0][0] for image in images]
         pixels = [((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in pixels]
@@ -514,14 +512,11 @@ class RADPipeline(DiffusionPipeline):
         discriminator = self.discriminator.requires_grad_(True)
 
         def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-            for x_0, mask in artificial_batches(pixels, categories, batch_size, seed, slice(rank, None, world)):
+            for x_0, mask in artificial_batches(pixels, categories, batch_size, seed):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                     stages = [stage.float() for stage in self.feature_extractor.stages(x_0.to(device))]
                 side = stages[-len(discriminator.config.stage_channels)].shape[-1]
                 yield stages, F.adaptive_avg_pool2d(mask.to(device), side)
-
-        def reduce(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if world == 1 else accelerator.reduce(tensor, "mean").to(tensor.dtype)
 
         with self.progress_bar(total=num_steps) as progress:
 
@@ -529,7 +524,7 @@ class RADPipeline(DiffusionPipeline):
                 progress.set_postfix(loss=f"{loss:.3f}")
                 progress.update()
 
-            discriminator.fit(batches(), num_steps, learning_rate, reduce, report)
+            discriminator.fit(batches(), num_steps, learning_rate, report)
         discriminator.half().float()  # saved in half precision: what is used is what is saved
 
     @torch.no_grad()

@@ -599,7 +599,7 @@ def estimate_time(
             noise, elapsed = torch.randint(256, (2, 3, *[args.resolution] * 2), dtype=torch.uint8), []
             for count in (1, 3):
                 start = time.perf_counter()
-                probe.fit_discriminator(list(noise), num_steps=count, accelerator=accelerator)
+                probe.fit_discriminator(list(noise), num_steps=count)
                 elapsed.append(time.perf_counter() - start)
             discriminator = max(0.0, elapsed[1] - elapsed[0]) / 2 * args.discriminator_steps
         fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
@@ -858,7 +858,6 @@ def main(args: argparse.Namespace) -> None:
             [category[i] for i in train],
             num_steps=args.discriminator_steps,
             seed=args.seed,
-            accelerator=accelerator,
         )
         logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
 

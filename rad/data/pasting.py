@@ -13,14 +13,13 @@ from scipy.ndimage import gaussian_filter
 
 
 def artificial_batches(
-    images: list[np.ndarray], categories: list[str], batch_size: int, seed: int, share: slice = slice(None)
+    images: list[np.ndarray], categories: list[str], batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of good images, most with artificial defects; the n-th depends on the seed and n alone.
 
     Args:
         images: Good images, uint8 [S, S, 3] each.
         categories: Of each image; textures are pasted within one.
-        share: Which of each batch this process takes.
 
     Yields:
         Images [B, 3, S, S] in [-1, 1] and masks [B, S, S], 1 on defects.
@@ -29,7 +28,7 @@ def artificial_batches(
     number = 0
     while True:
         batch = []
-        for place in range(number * batch_size, (number + 1) * batch_size)[share]:
+        for place in range(number * batch_size, (number + 1) * batch_size):
             rng = np.random.default_rng([seed, place])
             i = int(rng.integers(len(images)))
             image, other = (images[j].astype(np.float32) for j in (i, rng.choice(members[categories[i]])))

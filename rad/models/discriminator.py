@@ -59,7 +59,6 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
         batches: Iterator[tuple[list[torch.Tensor], torch.Tensor]],
         num_steps: int,
         learning_rate: float = 1e-3,
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         progress: Callable[[float], None] = lambda loss: None,
     ) -> "RADDiscriminator":
         """Trains on images with artificial defects.
@@ -67,7 +66,6 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
         Args:
             batches: Stages of images, and their masks [B, h, w] at the finest stage, share of each position in [0, 1].
             num_steps: Batches to train on; AdamW's learning rate rises to its peak and falls back in between.
-            reduce: Averages a tensor over processes.
             progress: Called with the loss after each step.
         """
         optimizer = torch.optim.AdamW(self.parameters(), learning_rate, weight_decay=1e-4)
@@ -80,13 +78,9 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
             loss = _loss(logits.float(), (mask > 0.3).float(), 1 + 4 * (mask > 0).float())
             optimizer.zero_grad()
             loss.backward()
-            for parameter in self.parameters():
-                parameter.grad.copy_(reduce(parameter.grad))
             optimizer.step()
             schedule.step()
             progress(loss.item())
-        for buffer in self.buffers():  # running moments of each process's images
-            buffer.copy_(reduce(buffer))
         return self.eval()
 
 
