@@ -1,0 +1,214 @@
+"""Peers against independent computations, and the whole comparison on a tiny data set."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial.distance import cdist, mahalanobis
+from sklearn.neighbors import NearestNeighbors
+
+from rad.data.batches import from_uint8, to_uint8
+from rad.data.synthetic import write_synthetic
+from training import compare
+
+NEEDS_ANOMALIB = "anomalib is not installed: pip install -r requirements-bench.txt"
+
+
+def new_peer(method, pipeline, *flags):
+    return compare.METHODS[method](pipeline, compare.parse_args(["--data_dir", "none", *flags]))
+
+
+@pytest.fixture(scope="module")
+def images(pipeline, good_images):
+    """Good images, uint8 [12, 3, 64, 64]."""
+    return to_uint8(pipeline.image_processor.preprocess(good_images)[0])
+
+
+@pytest.fixture(scope="module")
+def padim(pipeline, images):
+    peer = new_peer("padim", pipeline)
+    peer.fit(images[:10])
+    return peer
+
+
+@pytest.fixture(scope="module")
+def patchcore(pipeline, images):
+    torch.manual_seed(0)
+    peer = new_peer("patchcore", pipeline, "--coreset_ratio", "0.1")
+    peer.fit(images[:10])
+    return peer
+
+
+def test_embedding_is_the_extractors_own_stages(pipeline, images):
+    x = from_uint8(images[:1])
+    stages = pipeline.feature_extractor.network((x + 1) / 2 * 2 - 1)  # this backbone's mean and deviation are 0.5
+    found = compare.Embedding(pipeline, (8, 16), average=True, mode="bilinear")(x)
+    channels = stages[2].shape[1]
+    assert found.shape == (1, channels + stages[3].shape[1], 8, 8)
+    assert torch.allclose(found[0, :, 3, 3][:channels], stages[2][0, :, 2:5, 2:5].mean((1, 2)), atol=1e-5)
+    found = compare.Embedding(pipeline, (4, 8, 16), average=False, mode="nearest")(x)
+    assert torch.equal(found[0, -stages[3].shape[1] :, 13, 6], stages[3][0, :, 3, 1])
+
+
+def test_padims_distance_is_scipys(padim, images):
+    found = padim.distance(from_uint8(images[11:]))
+    good, bad = padim.embedding(from_uint8(images[:10])).double(), padim.embedding(from_uint8(images[11:])).double()
+    for row, column in ((0, 0), (5, 9), (15, 15)):
+        at = good[:, :, row, column].numpy()
+        inverse = np.linalg.inv(np.cov(at.T) + 0.01 * np.eye(at.shape[1]))
+        expected = mahalanobis(bad[0, :, row, column].numpy(), at.mean(0), inverse)
+        assert found[0, row, column].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_coreset_takes_the_farthest_point_each_time():
+    points = torch.randn(200, 5)
+    chosen = compare.k_center_greedy(points, 30).tolist()
+    distances = cdist(points, points)
+    assert len(set(chosen)) == 30
+    for i in range(1, 30):
+        gaps = distances[:, chosen[:i]].min(1)
+        assert gaps[chosen[i]] == pytest.approx(gaps.max(), abs=1e-4)
+
+
+def test_a_coreset_of_everything_has_each_point_once():
+    assert sorted(compare.k_center_greedy(torch.randn(20, 3), 20).tolist()) == list(range(20))
+
+
+def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, images):
+    x = from_uint8(images[11:])
+    maps, score = patchcore(x)
+    memory, patches = patchcore.memory.double(), patchcore.embedding(x)[0].flatten(1).T.double()
+    assert len(memory) == 64  # a tenth of ten images' 8 x 8 patches
+
+    search = NearestNeighbors(algorithm="brute").fit(memory)
+    distances, nearest = (found[:, 0] for found in search.kneighbors(patches, 1))
+    expected, _ = compare.smooth(torch.from_numpy(distances).float().view(1, 8, 8), x)
+    assert torch.allclose(maps, expected, rtol=1e-3)
+    worst = distances.argmax()
+    around = search.kneighbors(memory[nearest[worst]][None], 9, return_distance=False)[0]
+    powers = np.exp(cdist(patches[worst][None], memory[around])[0])
+    assert float(score) == pytest.approx((1 - np.exp(distances[worst]) / powers.sum()) * distances[worst], rel=1e-3)
+
+
+def test_smoothing_keeps_the_mean_and_finds_the_place():
+    x, distance = torch.zeros(1, 3, 64, 64), torch.zeros(1, 16, 16)
+    distance[0, 8, 4] = 1
+    maps, score = compare.smooth(distance, x)
+    assert maps.shape == (1, 64, 64) and score == maps.max()
+    assert maps.mean().item() == pytest.approx(distance.mean().item(), rel=0.01)
+    row, column = divmod(int(maps.argmax()), 64)
+    assert abs(row - 33.5) < 1 and abs(column - 17.5) < 1
+
+
+@pytest.mark.parametrize("method", ["autoencoder", "denoising_autoencoder"])
+def test_autoencoders_learn(method, pipeline, images):
+    peer = new_peer(method, pipeline, "--max_train_steps", "40", "--train_batch_size", "4")
+    peer.fit(images)
+    assert np.mean(peer.losses[-5:]) < 0.5 * np.mean(peer.losses[:5])
+
+
+def test_the_denoising_autoencoder_removes_noise(pipeline, images):
+    peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "150", "--train_batch_size", "8")
+    peer.fit(images)
+    x = from_uint8(images)
+    noisy = x + peer.noise_std * compare.coarse_noise(x)
+    with torch.no_grad():
+        left = (peer.network(noisy) - x).square().mean()
+    assert left < 0.5 * (noisy - x).square().mean()
+
+
+def test_an_autoencoder_whose_bottleneck_is_open_sees_nothing(pipeline, images):
+    """The map is the reconstruction's error: none where the network returns its input."""
+    peer = new_peer("autoencoder", pipeline)
+    peer.network = torch.nn.Identity()
+    maps, score = peer(from_uint8(images[:1]))
+    assert maps.shape == (1, 64, 64) and maps.abs().max() == 0 and score == 0
+
+
+def test_peak_memory_starts_anew():
+    compare.peak_memory()
+    block = np.ones(50_000_000)  # 400 MB
+    del block
+    high, low = compare.peak_memory(), compare.peak_memory()
+    assert 390 < high - low < 450
+
+
+@pytest.fixture(scope="module")
+def folders(pipeline, tmp_path_factory):
+    """A saved pipeline and a data set of two categories, of which it knows neither."""
+    root = tmp_path_factory.mktemp("compare")
+    pipeline.save_pretrained(root / "model")
+    write_synthetic(root / "data", ("brick", "gravel"), num_train=4, num_test_good=2, num_per_defect=1, size=64)
+    return root
+
+
+def test_the_table_has_every_column_and_each_row_its_place(folders):
+    output_dir = folders / "output"
+    flags = ["--model", str(folders / "model"), "--data_dir", str(folders / "data"), "--output_dir", str(output_dir)]
+    rows = compare.main(compare.parse_args([*flags, "--methods", "rad", "padim", "--max_train_samples", "3"]))
+
+    titles = [row["method"] for row in rows]
+    assert titles[0] == "RAD" and titles[-1] == "PaDiM" and "RAD, feature alone" in titles
+    by_title = {row["method"]: row for row in rows}
+    for row in rows:
+        assert set(row) == {"method", "settings", *compare.COLUMNS}
+        assert all(0 <= row[name] <= 1 for name in compare.ACCURACY)
+        assert row["latency_ms"] > 0 and row["memory_mb"] > 100 and row["size_mb"] > 0
+    assert by_title["RAD"]["fit_seconds"] is None and by_title["PaDiM"]["fit_seconds"] > 0
+    assert by_title["PaDiM"]["fit_memory_mb"] > 100
+
+    assert json.loads((output_dir / "results.json").read_text())["rows"] == rows
+    lines = (output_dir / "results.md").read_text().splitlines()
+    cells = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    assert [cell.strip() for cell in cells[0]] == ["method", *(heading for heading, _ in compare.COLUMNS.values())]
+    assert len(cells) == 2 + len(rows) and len({len(row) for row in cells}) == 1
+    assert sum(line.startswith("- ") for line in lines) == 2  # one line of settings for each method
+    with Image.open(output_dir / "comparison.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_run_repeats_itself(folders):
+    flags = ["--model", str(folders / "model"), "--data_dir", str(folders / "data"), "--device", "cpu"]
+    args = compare.parse_args([*flags, "--category", "brick", "--coreset_ratio", "0.1", "--max_test_samples", "5"])
+    first, second = (compare.run("patchcore", args)[0] for _ in range(2))
+    assert [first[name] for name in compare.ACCURACY] == [second[name] for name in compare.ACCURACY]
+
+
+def test_without_anomalib_one_sentence_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = compare.parse_args(["--data_dir", str(tmp_path / "none"), "--methods", "padim", "draem"])
+    with pytest.raises(ImportError, match="draem needs anomalib: pip install -r requirements-bench.txt"):
+        compare.main(args)
+
+
+def test_draem_trains_and_scores(pipeline, images):
+    pytest.importorskip("anomalib", reason=NEEDS_ANOMALIB)
+    flags = ("--draem_width", "0.125", "--max_train_steps", "3", "--train_batch_size", "2")
+    peer = new_peer("draem", pipeline, *flags)
+    before = [p.clone() for p in peer.model.parameters()]
+    peer.fit(images)
+    assert np.isfinite(peer.losses).all() and len(peer.losses) == 3
+    assert all((p != q).any() for p, q in zip(peer.model.parameters(), before, strict=True) if p.ndim > 1)
+    title, (maps, score) = next(iter(peer.score({"image": Image.new("RGB", (50, 40))}).items()))
+    assert title == "DRAEM" and maps.shape == (40, 50) and 0 <= maps.min() and maps.max() <= 1 and 0 <= score <= 1
+
+
+def test_distances_are_those_of_anomalib(padim, patchcore, images):
+    pytest.importorskip("anomalib", reason=NEEDS_ANOMALIB)
+    from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    x = from_uint8(images[11:])
+    inverse = padim.whitening.mT @ padim.whitening
+    expected = AnomalyMapGenerator.compute_distance(padim.embedding(x), [padim.mean[..., 0].T, inverse])[:, 0]
+    assert torch.allclose(padim.distance(x), expected, rtol=1e-3)
+
+    model = PatchcoreModel(["blocks.1"], "tf_efficientnet_lite0", pre_trained=False)
+    model.memory_bank = patchcore.memory
+    patches = patchcore.patches(patchcore.embedding(x))
+    distances, locations = model.nearest_neighbors(patches, 1)
+    expected = model.compute_anomaly_score(distances[None], locations[None], patches)
+    assert torch.allclose(patchcore(x)[1], expected, rtol=1e-3)

@@ -1,0 +1,517 @@
+#!/usr/bin/env python
+"""Measures a pipeline and other methods side by side: the same images, resolution, frozen backbone and machine.
+
+    python training/compare.py --model mtd --data_dir MTD --dataset_format mtd --output_dir comparison
+
+Each method runs in a process of its own, one after another, and is fitted to each category by itself. Settings are the
+published ones as far as one CPU allows, and are written below the table. Memory is what the whole process holds in
+RAM. DRAEM needs anomalib: pip install -r requirements-bench.txt.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torchvision.transforms.functional import gaussian_blur
+from tqdm.auto import tqdm
+
+from rad import RADPipeline
+from rad.data import DATASET_FORMATS, load_dataset
+from rad.data.batches import from_uint8, to_uint8
+from rad.evaluation import measure, test_images
+from rad.pipeline_rad import EMBEDDED_MODELS
+
+COLUMNS = {  # of the table: heading, and how a value is written
+    "image_auroc": ("image AUROC", "{:.3f}"),
+    "pixel_auroc": ("pixel AUROC", "{:.3f}"),
+    "pixel_ap": ("pixel AP", "{:.3f}"),
+    "aupro": ("AUPRO", "{:.3f}"),
+    "fit_seconds": ("fit, s", "{:.0f}"),
+    "latency_ms": ("latency, ms", "{:.0f}"),
+    "fit_memory_mb": ("peak memory to fit, MB", "{:.0f}"),
+    "memory_mb": ("peak memory to score, MB", "{:.0f}"),
+    "size_mb": ("size, MB", "{:.0f}"),
+}
+ACCURACY = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
+    parser.add_argument("--data_dir", required=True, help="Folder of the data set.")
+    parser.add_argument(
+        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of that folder."
+    )
+    parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "draem"])
+    parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
+    parser.add_argument("--coreset_ratio", type=float, default=0.01, help="PatchCore: share of the patches to keep.")
+    parser.add_argument("--max_train_steps", type=int, default=2000, help="Of the autoencoders and of DRAEM.")
+    parser.add_argument("--train_batch_size", type=int, default=8, help="Likewise.")
+    parser.add_argument(
+        "--draem_width",
+        type=float,
+        default=0.25,
+        help="DRAEM: its networks' width; 1 as published, 16 times the work.",
+    )
+    parser.add_argument(
+        "--texture_dir", help="DRAEM: folder of texture images (published: DTD); by default anomalib's noise."
+    )
+    parser.add_argument("--max_train_samples", type=int, help="Fit on this many good images, picked at random.")
+    parser.add_argument("--max_test_samples", type=int, help="Measure on this many images, evenly picked.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="By default a GPU if there is one.")
+    parser.add_argument("--output_dir", help="Write results.json, results.md and comparison.png here.")
+    return parser.parse_args(argv)
+
+
+class Embedding(nn.Module):
+    """Stages of the pipeline's own frozen extractor, resized to the finest one's grid and concatenated.
+
+    Args:
+        strides: The stages to take.
+        average: Average each stage over 3 x 3 positions first, as PatchCore does.
+        mode: How `F.interpolate` resizes.
+    """
+
+    def __init__(self, pipeline: RADPipeline, strides: tuple[int, ...], average: bool, mode: str):
+        super().__init__()
+        self.extractor, self.average, self.mode = pipeline.feature_extractor, average, mode
+        self.stages = [i for i, s in enumerate(self.extractor.network.feature_info.reduction()) if s in strides]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, C, h, w] of images [B, 3, S, S] in [-1, 1]."""
+        outputs = self.extractor.network(((x + 1) / 2 - self.extractor.pixel_mean) / self.extractor.pixel_std)
+        stages = [outputs[i] for i in self.stages]
+        if self.average:
+            stages = [F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in stages]
+        return torch.cat([F.interpolate(stage, stages[0].shape[-2:], mode=self.mode) for stage in stages], 1)
+
+
+class Peer(nn.Module):
+    """A method to compare with.
+
+    A subclass gives `fit(images)` for good images [N, 3, S, S], uint8, and `forward(x)` for one image [1, 3, S, S] in
+    [-1, 1]: its map [1, h, w] and its score, a number.
+    """
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        super().__init__()
+        self.processor, self.args, self.device = pipeline.image_processor, args, pipeline.device
+
+    def chunks(self, images: torch.Tensor, size: int = 16) -> Iterator[torch.Tensor]:
+        """The images once, in order, in [-1, 1] and on the device."""
+        for chunk in tqdm(images.split(size), desc=type(self).__name__):
+            yield from_uint8(chunk.to(self.device))
+
+    def train_steps(
+        self, images: torch.Tensor, network: nn.Module, loss_of: Callable, lr: float, milestones: list[float]
+    ) -> list[float]:
+        """Trains `network` with Adam on random batches, lr / 10 from each milestone (a share of the steps) on.
+
+        `loss_of` gives the loss of a batch in [-1, 1]. Returns the loss of each step.
+        """
+        steps, losses = self.args.max_train_steps, []
+        optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(m * steps) for m in milestones])
+        network.train()
+        progress = tqdm(range(steps), desc=type(self).__name__)
+        for _ in progress:
+            picked = torch.randint(len(images), (self.args.train_batch_size,))
+            loss = loss_of(from_uint8(images[picked].to(self.device)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            progress.set_postfix(loss=f"{losses[-1]:.4f}")
+        network.eval()
+        return losses
+
+    @torch.no_grad()
+    def score(self, item: dict) -> dict[str, tuple[np.ndarray, float]]:
+        """{name of the row: (map [H, W] at the image's own size, score)} of one of `test_images`."""
+        x, sizes = self.processor.preprocess(item["image"])
+        maps, score = self(x.to(self.device))
+        return {self.title: (self.processor.resize_map(maps, sizes)[0], float(score))}
+
+
+class RAD(Peer):
+    """The pipeline itself, as `training/train.py` left it: its fused score and each single one."""
+
+    title, fit = "RAD", None
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        super().__init__(pipeline, args)
+        self.settings = f"the model {args.model}, trained beforehand; single scores come from the same pass."
+        self.pipeline = pipeline
+        self.parts = nn.ModuleList(part for part in pipeline.components.values() if isinstance(part, nn.Module))
+        pipeline.set_progress_bar_config(disable=True)
+
+    def score(self, item: dict) -> dict[str, tuple[np.ndarray, float]]:
+        known = [] if self.pipeline.normality is None else self.pipeline.normality.config.categories
+        label = item["category"] if item["category"] in known else None
+        output = self.pipeline(item["image"], class_labels=label, seed=self.args.seed)
+        results = {self.title: (output.anomaly_map[0], float(output.score[0]))}
+        for name in output.scores.keys() - {"fused"}:
+            results[f"{self.title}, {name} alone"] = output[f"{name}_map"][0], float(output.scores[name][0])
+        return results
+
+
+class PaDiM(Peer):
+    """A Gaussian of features at every position: Defard et al., "PaDiM", ICPR Workshops 2021."""
+
+    title = "PaDiM"
+    settings = (
+        "strides 4, 8 and 16 on the grid of stride 4, all channels, covariance + 0.01 I; map smoothed by a Gaussian "
+        "of sigma 4, image score = its maximum."
+    )
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        super().__init__(pipeline, args)
+        self.embedding = Embedding(pipeline, (4, 8, 16), average=False, mode="nearest")
+
+    @torch.no_grad()
+    def fit(self, images: torch.Tensor) -> None:
+        total, squares = 0.0, None
+        for x in self.chunks(images):
+            features = self.embedding(x).flatten(2).permute(2, 0, 1).double()  # [positions, B, C]
+            total = total + features.sum(1)
+            if squares is None:
+                squares = features.mT @ features
+            else:
+                squares.baddbmm_(features.mT, features)
+        mean = total / len(images)
+        whitening = []  # W^T W is the inverse of the covariance
+        for m, square in zip(mean.split(256), squares.split(256), strict=True):
+            covariance = (square - len(images) * m[:, :, None] * m[:, None, :]) / (len(images) - 1)
+            covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+            inverse_root = np.linalg.inv(np.linalg.cholesky(covariance.cpu().numpy()))
+            whitening.append(torch.from_numpy(inverse_root).float())
+        self.register_buffer("mean", mean.float()[..., None])
+        self.register_buffer("whitening", torch.cat(whitening).to(mean.device))
+
+    def distance(self, x: torch.Tensor) -> torch.Tensor:
+        """Mahalanobis distance at each position, [1, h, w]."""
+        features = self.embedding(x)
+        deviation = features[0].flatten(1).T[..., None] - self.mean  # [positions, C, 1]
+        return (self.whitening @ deviation).norm(dim=1).view(1, *features.shape[2:])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return smooth(self.distance(x), x)
+
+
+class PatchCore(Peer):
+    """Distance to the nearest of stored patches: Roth et al., "Towards Total Recall", CVPR 2022."""
+
+    title = "PatchCore"
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        super().__init__(pipeline, args)
+        self.embedding = Embedding(pipeline, (8, 16), average=True, mode="bilinear")
+        self.settings = (
+            "strides 8 and 16, averaged over 3 x 3, on the grid of stride 8; greedy k-center coreset of "
+            f"{args.coreset_ratio:.1%} of all patches; map smoothed by a Gaussian of sigma 4, image score reweighted "
+            "by 9 neighbours (the paper's equation 7)."
+        )
+
+    @torch.no_grad()
+    def fit(self, images: torch.Tensor) -> None:
+        patches = torch.cat([self.patches(self.embedding(x)) for x in self.chunks(images)])
+        count = max(1, round(self.args.coreset_ratio * len(patches)))
+        self.register_buffer("memory", patches[k_center_greedy(patches, count)])
+
+    @staticmethod
+    def patches(features: torch.Tensor) -> torch.Tensor:
+        """Features [B, C, h, w] as rows [B h w, C]."""
+        return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.embedding(x)
+        patches = self.patches(features)
+        distance, nearest = torch.cdist(patches, self.memory).min(1)
+        worst = distance.argmax()
+        to_nearest = torch.cdist(self.memory[nearest[worst], None], self.memory)[0]
+        neighbours = to_nearest.topk(min(9, len(self.memory)), largest=False).indices
+        around = torch.cdist(patches[worst, None], self.memory[neighbours])[0]  # its first is distance[worst]
+        score = (1 - around.softmax(0)[0]) * distance[worst]
+        return smooth(distance.view(1, *features.shape[2:]), x)[0], score
+
+
+def k_center_greedy(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of `count` of the points [N, C]: a random one, then each time the one farthest from all chosen."""
+    squares = points.square().sum(1)
+    chosen = [int(torch.randint(len(points), ()))]
+    gap = torch.full_like(squares, torch.inf)  # squared distance to the nearest chosen one
+    for _ in tqdm(range(count - 1), desc="Coreset"):
+        new = squares.addmv(points, points[chosen[-1]], alpha=-2).add_(squares[chosen[-1]])
+        new[chosen[-1]] = 0
+        torch.minimum(gap, new, out=gap)
+        chosen.append(int(gap.argmax()))
+    return torch.tensor(chosen, device=points.device)
+
+
+def smooth(distance: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map [1, h, w] at the resolution of the images x and smoothed, as PaDiM and PatchCore do, and its maximum."""
+    maps = F.interpolate(distance[None], x.shape[-2:], mode="bilinear")
+    maps = gaussian_blur(maps, [33, 33], [4.0, 4.0])[0]
+    return maps, maps.max()
+
+
+class Autoencoder(Peer):
+    """Error of a reconstruction through a bottleneck: Bergmann et al., VISAPP 2019, the L2 kind."""
+
+    title = "autoencoder"
+    skip, noise_std = False, 0.0
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        super().__init__(pipeline, args)
+        self.network = ConvAutoencoder(self.skip, pipeline.config.resolution).to(self.device)
+        kind = (
+            f"skip connections, coarse noise of deviation {self.noise_std}"
+            if self.skip
+            else "bottleneck of 100 numbers"
+        )
+        self.settings = (
+            f"{kind}; {args.max_train_steps} steps of {args.train_batch_size} with Adam at 1e-3, the last fifth at "
+            "1e-4; map = squared error smoothed by a Gaussian of sigma 4, image score = its maximum."
+        )
+
+    def fit(self, images: torch.Tensor) -> None:
+        self.losses = self.train_steps(images, self.network, self.loss, lr=1e-3, milestones=[0.8])
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.network(x + self.noise_std * coarse_noise(x)), x)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return smooth((self.network(x) - x).square().mean(1), x)
+
+
+class DenoisingAutoencoder(Autoencoder):
+    """Error of what removes coarse noise: Kascenas et al., "Denoising Autoencoders", MIDL 2022."""
+
+    title = "denoising autoencoder"
+    skip, noise_std = True, 0.4  # the paper's 0.2 is for images in [0, 1]
+
+
+class ConvAutoencoder(nn.Module):
+    """Five strided convolutions and their mirror image, with a vector of 100 numbers or skip connections between."""
+
+    def __init__(self, skip: bool, resolution: int, widths: tuple[int, ...] = (3, 32, 64, 128, 128, 128)):
+        super().__init__()
+        self.skip, pairs = skip, list(zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b * (1 + skip), a, 4, stride=2, padding=1) for a, b in pairs)
+        if not skip:
+            side = resolution // 2 ** len(pairs)
+            self.encode, self.decode = nn.Conv2d(widths[-1], 100, side), nn.ConvTranspose2d(100, widths[-1], side)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stages = []
+        for down in self.down:
+            x = F.leaky_relu(down(x), 0.2)
+            stages.append(x)
+        if not self.skip:
+            x = F.leaky_relu(self.decode(self.encode(x)), 0.2)
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](torch.cat([x, stages[level]], 1) if self.skip else x)
+            x = F.leaky_relu(x, 0.2) if level else x
+        return x
+
+
+def coarse_noise(x: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise of a grid of 1/8 of the resolution, resized to the images x and rolled at random."""
+    noise = torch.randn(*x.shape[:2], x.shape[2] // 8, x.shape[3] // 8, device=x.device)
+    shift = [int(torch.randint(side, ())) for side in x.shape[2:]]
+    return F.interpolate(noise, x.shape[2:], mode="bilinear").roll(shift, (2, 3))
+
+
+class DRAEM(Peer):
+    """Finds what a reconstruction repairs, trained on pasted textures: Zavrtanik et al., ICCV 2021; from anomalib."""
+
+    title = "DRAEM"
+
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+        from anomalib.models.image.draem import torch_model
+
+        super().__init__(pipeline, args)
+        self.model = torch_model.DraemModel()
+        if args.draem_width != 1:
+            reconstructive, discriminative = int(128 * args.draem_width), int(64 * args.draem_width)
+            self.model.reconstructive_subnetwork = torch_model.ReconstructiveSubNetwork(base_width=reconstructive)
+            self.model.discriminative_subnetwork = torch_model.DiscriminativeSubNetwork(6, 2, discriminative)
+        self.to(self.device)
+        self.settings = (
+            f"anomalib's, {args.draem_width:g} of its width, {args.max_train_steps} steps of {args.train_batch_size} "
+            f"with Adam at 1e-4, textures: {args.texture_dir or 'Perlin noise'}; image score = maximum of the map "
+            "averaged over 21 x 21. Published: full width, 700 epochs of batch 8, DTD's textures."
+        )
+
+    def fit(self, images: torch.Tensor) -> None:
+        from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
+        from anomalib.models.image.draem.loss import DraemLoss
+
+        augment, loss = PerlinAnomalyGenerator(anomaly_source_path=self.args.texture_dir), DraemLoss()
+
+        def loss_of(x: torch.Tensor) -> torch.Tensor:
+            clean = (x + 1) / 2
+            augmented, mask = augment(clean)
+            reconstruction, prediction = self.model(augmented)
+            return loss(clean, reconstruction, mask, prediction)
+
+        self.losses = self.train_steps(images, self.model, loss_of, lr=1e-4, milestones=[4 / 7, 6 / 7])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.model((x + 1) / 2).anomaly_map
+        return maps, F.avg_pool2d(maps, 21, stride=1, padding=10).max()
+
+
+METHODS = {
+    "rad": RAD,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "autoencoder": Autoencoder,
+    "denoising_autoencoder": DenoisingAutoencoder,
+    "draem": DRAEM,
+}
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process in MB since the last call (Linux)."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    Path("/proc/self/clear_refs").write_text("5")  # starts anew
+    return int(peak) * 1024 / 1e6
+
+
+def run(method: str, args: argparse.Namespace) -> list[dict]:
+    """Fits and measures one method, category by category; one dict for each row of the table.
+
+    Accuracy is the mean over categories, latency the median over images, batch 1, from file to map; times to fit are
+    summed; memory is the largest, and size that of one category's model.
+    """
+    torch.manual_seed(args.seed)
+    train = load_dataset(args.data_dir, args.dataset_format, "train", args.category)
+    test = load_dataset(args.data_dir, args.dataset_format, "test", args.category)
+    test = test_images(test, (args.map_size,) * 2, args.max_test_samples)
+    metrics, seconds, fit_seconds, fit_memory, memory = {}, [], [], [], []
+    for category in sorted({item["category"] for item in test}):
+        peer = METHODS[method](RADPipeline.load(args.model).to(args.device), args)
+        if peer.fit is not None:
+            paths = [sample.image for sample in train.samples if sample.category == category]
+            picked = np.random.default_rng(args.seed).permutation(len(paths))[: args.max_train_samples]
+            images = torch.cat(
+                [to_uint8(peer.processor.preprocess(paths[i])[0]) for i in tqdm(picked, desc="Decoding")]
+            )
+            peak_memory()
+            start = time.perf_counter()
+            peer.fit(images)
+            fit_seconds.append(time.perf_counter() - start)
+            fit_memory.append(peak_memory())
+            del images
+
+        members = [item for item in test if item["category"] == category]
+        maps, scores = {}, {}
+        for item in tqdm(members, desc=f"Scoring, {method}"):
+            start = time.perf_counter()
+            results = peer.score(item)
+            seconds.append(time.perf_counter() - start)
+            for title, (own_size, score) in results.items():
+                resized = F.interpolate(
+                    torch.from_numpy(own_size)[None, None], (args.map_size,) * 2, mode="bilinear", antialias=True
+                )
+                maps.setdefault(title, []).append(resized[0, 0].numpy())
+                scores.setdefault(title, []).append(score)
+        memory.append(peak_memory())
+        for title in maps:
+            found = measure(members, np.stack(maps[title]), np.array(scores[title]))
+            metrics.setdefault(title, []).append(found)
+    size = sum(t.numel() * t.element_size() for t in peer.state_dict().values()) / 1e6
+    return [
+        {
+            "method": title,
+            **{name: float(np.mean([row[name] for row in found])) for name in ACCURACY},
+            "fit_seconds": sum(fit_seconds) if fit_seconds else None,
+            "latency_ms": 1000 * float(np.median(seconds)),
+            "fit_memory_mb": max(fit_memory, default=None),
+            "memory_mb": max(memory),
+            "size_mb": size,
+            "settings": peer.settings,
+        }
+        for title, found in metrics.items()
+    ]
+
+
+def to_markdown(rows: list[dict]) -> str:
+    """The table, and below it the settings of each method."""
+    lines = ["| method | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
+    lines.append("|---" * (1 + len(COLUMNS)) + "|")
+    for row in rows:
+        values = ["-" if row[name] is None else form.format(row[name]) for name, (_, form) in COLUMNS.items()]
+        lines.append(f"| {row['method']} | " + " | ".join(values) + " |")
+    first = {row["settings"]: row["method"] for row in reversed(rows)}  # rows of one method share them
+    return "\n".join(lines + [""] + [f"- {method}: {settings}" for settings, method in reversed(first.items())])
+
+
+def draw(rows: list[dict]) -> Figure:
+    """AUPRO and image AUROC against latency; single scores of the pipeline are hollow."""
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("aupro", "image_auroc"), strict=True):
+        for number, row in enumerate(rows):
+            alone = row["method"].endswith("alone")
+            axis.plot(
+                row["latency_ms"],
+                row[name],
+                marker="*" if row["method"].startswith(RAD.title) else "o",
+                markersize=12,
+                fillstyle="none" if alone else "full",
+                linestyle="none",
+                zorder=2 if alone else 3,
+                color=f"C{number}",
+                label=row["method"],
+            )
+        axis.set(xscale="log", xlabel="latency of one image, ms", ylabel=COLUMNS[name][0])
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    if "draem" in args.methods and importlib.util.find_spec("anomalib") is None:
+        raise ImportError(
+            "The method draem needs anomalib: pip install -r requirements-bench.txt, or leave draem out of --methods."
+        )
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for method in args.methods:  # a process each, so that each one's memory is its own
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows += pool.submit(run, method, args).result()
+        if args.output_dir:  # after each method: hours of work are not lost with a later one
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            report = {
+                "arguments": vars(args),
+                "threads": torch.get_num_threads(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "rows": rows,
+            }
+            (folder / "results.json").write_text(json.dumps(report, indent=2))
+            (folder / "results.md").write_text(to_markdown(rows) + "\n")
+            draw(rows).savefig(folder / "comparison.png")
+    print(to_markdown(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main(parse_args())
