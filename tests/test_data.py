@@ -1,12 +1,15 @@
 """Every layout on disk, listed as it should be, and what is said when it is another one."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rad.data import AnomalyDataset, Sample, load_dataset
+from rad.data import DATASET_FORMATS, AnomalyDataset, Sample, detect_format, load_dataset, load_hub_dataset
+from rad.evaluation import test_images
 
 
 def write_image(path: Path, pixels: np.ndarray | None = None) -> None:
@@ -169,6 +172,170 @@ def test_what_mtd_needs_is_named(mtd, missing):
         load_dataset(mtd, "mtd", "train")
 
 
+# MVTec-AD 2
+
+
+@pytest.fixture
+def mvtec_ad_2(tmp_path) -> Path:
+    for path in ("train/good/0_regular", "validation/good/1_regular", "test_public/good/2_shift_1"):
+        write_image(tmp_path / "can" / f"{path}.png")
+    write_image(tmp_path / "can" / "test_public" / "bad" / "3_regular.png")
+    write_mask(tmp_path / "can" / "test_public" / "ground_truth" / "bad" / "3_regular_mask.png", (4, 5, 255))
+    write_image(tmp_path / "can" / "test_private" / "4_regular.png")
+    write_image(tmp_path / "can" / "test_private_mixed" / "4_mixed.png")
+    return tmp_path
+
+
+def test_mvtec_ad_2_is_measured_on_its_public_images(mvtec_ad_2):
+    test = load_dataset(mvtec_ad_2, split="test")
+    assert listed(test) == [("can", "bad", 1), ("can", "good", 0)]
+    assert np.argwhere(test.mask(0)).tolist() == [[4, 5]] and not test.mask(1).any()
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "0_regular.png"), ("validation", "1_regular.png")])
+def test_validation_images_are_part_of_no_other_split(mvtec_ad_2, split, name):
+    assert [sample.image.name for sample in load_dataset(mvtec_ad_2, "mvtec_ad_2", split)] == [name]
+
+
+# MVTec LOCO
+
+
+@pytest.fixture
+def mvtec_loco(tmp_path) -> Path:
+    for folder in ("train/good", "validation/good", "test/good", "test/logical_anomalies"):
+        write_image(tmp_path / "pushpins" / folder / "000.png")
+    write_image(tmp_path / "pushpins" / "test" / "structural_anomalies" / "001.png")
+    truth = tmp_path / "pushpins" / "ground_truth"
+    write_mask(truth / "logical_anomalies" / "000" / "000.png", (0, 1, 3))
+    write_mask(truth / "logical_anomalies" / "000" / "001.png", (5, 7, 254))
+    return tmp_path
+
+
+def test_mvtec_loco_unites_the_masks_of_an_image(mvtec_loco):
+    test = load_dataset(mvtec_loco, split="test")
+    assert [sample.defect for sample in test] == ["good", "logical_anomalies", "structural_anomalies"]
+    assert np.argwhere(test.mask(1)).tolist() == [[0, 1], [5, 7]]
+    assert test.mask(1, size=(12, 16)).sum() == 8
+    assert test.mask(2) is None
+    assert len(load_dataset(mvtec_loco, split="validation")) == len(load_dataset(mvtec_loco)) == 1
+
+
+# VisA
+
+
+ROWS = """object,split,label,image,mask
+candle,train,normal,candle/Data/Images/Normal/0000.JPG,
+candle,test,normal,candle/Data/Images/Normal/0001.JPG,
+candle,test,anomaly,candle/Data/Images/Anomaly/000.JPG,candle/Data/Masks/Anomaly/000.png
+pcb1,train,normal,pcb1/Data/Images/Normal/0000.JPG,
+"""
+
+
+@pytest.fixture
+def visa(tmp_path) -> Path:
+    for name in ("candle/Data/Images/Normal/0000", "candle/Data/Images/Normal/0001", "pcb1/Data/Images/Normal/0000"):
+        write_image(tmp_path / f"{name}.JPG")
+    write_image(tmp_path / "candle/Data/Images/Anomaly/000.JPG")
+    write_mask(tmp_path / "candle/Data/Masks/Anomaly/000.png", (2, 3, 1), (2, 4, 5))
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv" / "1cls.csv").write_text(ROWS)
+    return tmp_path
+
+
+def test_visa_is_split_by_its_file(visa):
+    assert listed(load_dataset(visa)) == [("candle", "good", 0), ("pcb1", "good", 0)]
+    test = load_dataset(visa, split="test")
+    assert [(sample.image.name, sample.defect) for sample in test] == [("0001.JPG", "good"), ("000.JPG", "anomaly")]
+    assert np.argwhere(test.mask(1)).tolist() == [[2, 3], [2, 4]]
+    assert load_dataset(visa, "visa", "train", ["pcb1"]).categories == ["pcb1"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (ROWS.replace("candle/Data/Images/Normal/0001.JPG", "/etc/passwd"), "names '/etc/passwd', which is no path"),
+        (ROWS.replace("candle/Data/Masks", "candle/../../Data/Masks"), "Data/Masks/.*, which is no path inside"),
+        (ROWS.replace("Normal/0001", "Normal/0007").replace("Masks", "Mask"), "2 files that do not exist.*0007.JPG"),
+        (ROWS.replace("test,anomaly", "test,broken"), "labels an image 'broken'; it must be normal or anomaly"),
+        (ROWS.replace("label", "class"), r"columns object, split, label, image, mask; it has \['object'.*'class'"),
+        ("object,split,label,image,mask", "it has no rows"),
+        ("object,split\ncandle,\xff", "no CSV file that can be read"),
+    ],
+)
+def test_a_bad_split_file_of_visa_is_explained(visa, table, message):
+    (visa / "split_csv" / "1cls.csv").write_bytes(table.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        load_dataset(visa, "visa", "test")
+
+
+# BTAD
+
+
+@pytest.mark.parametrize(("suffix", "mask_suffix"), [(".bmp", ".png"), (".png", ".png"), (".bmp", ".bmp")])
+def test_btad_calls_good_ok(tmp_path, suffix, mask_suffix):
+    for path in ("train/ok/0000", "test/ok/0001", "test/ko/0002"):
+        write_image(tmp_path / "01" / f"{path}{suffix}")
+    write_mask(tmp_path / "01" / "ground_truth" / "ko" / f"0002{mask_suffix}", (3, 2, 255))
+    assert listed(load_dataset(tmp_path)) == [("01", "good", 0)]
+    test = load_dataset(tmp_path, split="test")
+    assert listed(test) == [("01", "ko", 1), ("01", "good", 0)]
+    assert np.argwhere(test.mask(0)).tolist() == [[3, 2]]
+
+
+# Real-IAD
+
+
+@pytest.fixture
+def real_iad(tmp_path) -> Path:
+    entries = [("OK", "OK/S1/a.jpg", None), ("OK", "OK/S2/b.jpg", None), ("AK", "NG/AK/S3/c.jpg", "NG/AK/S3/c.png")]
+    for _, image, _ in entries:
+        write_image(tmp_path / "realiad_256" / "audiojack" / image)
+    write_mask(tmp_path / "realiad_256" / "audiojack" / "NG/AK/S3/c.png", (1, 1, 255), (1, 2, 9))
+    entries = [dict(zip(("anomaly_class", "image_path", "mask_path"), entry, strict=True)) for entry in entries]
+    content = {"meta": {"normal_class": "OK", "prefix": "audiojack/"}, "train": entries[:1], "test": entries[1:]}
+    (tmp_path / "realiad_jsons").mkdir()
+    (tmp_path / "realiad_jsons" / "audiojack.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_real_iad_is_split_by_its_files(real_iad):
+    assert [sample.image.name for sample in load_dataset(real_iad)] == ["a.jpg"]
+    test = load_dataset(real_iad, split="test")
+    assert listed(test) == [("audiojack", "good", 0), ("audiojack", "AK", 1)]
+    assert np.argwhere(test.mask(1)).tolist() == [[1, 1], [1, 2]]
+
+
+def test_real_iad_as_its_archives_unpack(real_iad):
+    """The files of the JSON archive lie one folder deeper, and of two resolutions the larger counts."""
+    (real_iad / "realiad_jsons").rename(real_iad / "moved")
+    (real_iad / "realiad_jsons").mkdir()
+    (real_iad / "moved").rename(real_iad / "realiad_jsons" / "realiad_jsons")
+    shutil.copytree(real_iad / "realiad_256", real_iad / "realiad_1024")
+    image = load_dataset(real_iad, split="test", categories=["audiojack"])[0].image
+    assert image == real_iad / "realiad_1024" / "audiojack" / "OK" / "S2" / "b.jpg"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("NG/AK/S3/c.jpg", "../../../c.jpg", "names '../../../c.jpg', which is no path inside"),
+        ("audiojack/", "/etc", "names '/etc', which is no path inside"),
+        ("audiojack/", "elsewhere", "folder 'elsewhere', which is in none of .*realiad_1024"),
+        ("OK/S2/b.jpg", "OK/S2/z.jpg", "names 1 files that do not exist, the first is .*z.jpg"),
+        ("image_path", "path", "not in Real-IAD's form: expected meta .*KeyError: 'image_path'"),
+        ('"test": [', '"test": [7, ', "not in Real-IAD's form"),
+        ('{"meta"', "", "not in Real-IAD's form"),
+        ('"NG/AK/S3/c.png"', "[1]", "names .1., which is no path inside"),
+    ],
+)
+def test_a_bad_file_of_real_iad_is_explained(real_iad, old, new, message):
+    file = real_iad / "realiad_jsons" / "audiojack.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_dataset(real_iad, "real_iad", "test")
+
+
 # A plain folder
 
 
@@ -186,13 +353,137 @@ def test_a_folder_is_searched_with_its_subfolders(tmp_path):
 
 def test_a_folder_has_no_test_split_and_no_categories(tmp_path):
     write_image(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="no 'test' split"):
+    with pytest.raises(ValueError, match="no 'test' split: expected the folder good .* found no folders"):
         load_dataset(tmp_path, "folder", "test")
     with pytest.raises(ValueError, match="no categories"):
         load_dataset(tmp_path, "folder", "train", ["nut"])
 
 
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    root = tmp_path / "nuts"
+    for number in range(10):
+        write_image(root / "good" / f"{number}.png")
+    write_image(root / "dent" / "monday" / "a.jpg")
+    write_image(root / "scratch" / "b.jpg")
+    write_mask(root / "ground_truth" / "dent" / "monday" / "a_mask.png", (0, 0, 255))
+    return root
+
+
+def test_a_folder_may_have_defects_beside_the_good(labelled):
+    train, test = load_dataset(labelled), load_dataset(labelled, split="test")
+    assert [sample.image.stem for sample in train] == ["0", "1", "2", "3", "5", "6", "7", "8"]
+    assert [(s.image.stem, s.defect) for s in test] == [("4", "good"), ("9", "good"), ("a", "dent"), ("b", "scratch")]
+    assert np.argwhere(test.mask(2)).tolist() == [[0, 0]] and test.mask(3) is None
+    assert train.categories == test.categories == ["nuts"]
+
+
+def test_good_images_may_lie_in_a_folder_ok(labelled):
+    (labelled / "good").rename(labelled / "OK")
+    assert len(load_dataset(labelled)) == 8
+    write_image(labelled / "normal" / "a.png")
+    with pytest.raises(ValueError, match="holds OK and normal: keep good images in one folder"):
+        load_dataset(labelled)
+
+
+@pytest.mark.parametrize("part", ["train/good", "train/ok", "Data/Images", "NG"])
+def test_parts_of_a_data_set_are_no_plain_folder(tmp_path, part):
+    """Else its test images would be trained on as good ones."""
+    write_image(tmp_path / "bottle" / part / "000.png")
+    with pytest.raises(ValueError, match=f"holds {part}, so it is a category in .* layout: give its parent folder"):
+        load_dataset(tmp_path / "bottle", "folder")
+    with pytest.raises(ValueError, match=f"holds bottle/{part}, so it is no plain folder"):
+        load_dataset(tmp_path, "folder")
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub_folder(tmp_path) -> Path:
+    """Rows good, scratch with a mask, dent without one; in the manner of a data set on the Hub."""
+    datasets = pytest.importorskip("datasets")
+    write_image(tmp_path / "image.png")
+    write_mask(tmp_path / "mask.png", (5, 0, 1))
+    write_mask(tmp_path / "empty.png")
+    image, mask, empty = ((tmp_path / f"{name}.png").read_bytes() for name in ("image", "mask", "empty"))
+    columns = {
+        "image": [{"bytes": image, "path": None}] * 3,
+        "label": [0, 1, 2],
+        "mask": [{"bytes": empty, "path": None}, {"bytes": mask, "path": None}, None],
+    }
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["good", "scratch", "dent"]), mask=datasets.Image()
+    )
+    (tmp_path / "parts").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "parts" / "test.parquet")
+    return tmp_path / "parts"
+
+
+def load_rows(folder: Path, **kwargs) -> AnomalyDataset:
+    return load_hub_dataset(str(folder), split="test", cache_dir=folder.parent / "cache", **kwargs)
+
+
+def test_a_hub_data_set_with_masks(hub_folder):
+    test = load_rows(hub_folder, label_column="label", mask_column="mask", good_only=False)
+    assert listed(test) == [("parts", "good", 0), ("parts", "scratch", 1), ("parts", "dent", 1)]
+    assert test.mask(0).shape == (6, 8) and not test.mask(0).any()
+    assert np.argwhere(test.mask(1)).tolist() == [[5, 0]] and test.mask(2) is None
+    items = test_images(test, (12, 16))
+    assert items[1]["mask"].sum() == 4 and items[1]["image"].size == (8, 6) and items[2]["mask"] is None
+    assert load_rows(hub_folder, label_column="label", good_only=False).mask(1) is None
+
+
+def test_good_rows_are_trained_on(hub_folder):
+    assert listed(load_rows(hub_folder, label_column="label")) == [("parts", "good", 0)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"good_only": False}, "label_column must name the column"),
+        ({"label_column": "label", "mask_column": "truth"}, "has no column 'truth'; it has image, label, mask"),
+        ({"mask_column": "label"}, "The column 'label' of .* not images"),
+        ({"categories": ["nut"]}, "has no category nut; it has parts"),
+    ],
+)
+def test_what_a_hub_data_set_lacks_is_named(hub_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(hub_folder, **arguments)
+
+
 # Any layout
+
+
+@pytest.mark.parametrize("name", ["mvtec", "mvtec_ad_2", "mvtec_loco", "visa", "mtd", "real_iad"])
+def test_layouts_are_told_apart(name, request):
+    assert detect_format(request.getfixturevalue(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mvtec", "<category>/train/good"),
+        ("mvtec_ad_2", "<category>/test_public/<defect>"),
+        ("mvtec_loco", "<category>/test/<defect>"),
+        ("visa", "split_csv/1cls.csv"),
+        ("btad", "<category>/train/ok"),
+        ("mtd", "MT_Free"),
+        ("real_iad", "realiad_jsons/<category>.json"),
+    ],
+)
+def test_a_wrong_layout_says_what_was_found_and_expected(tmp_path, name, expected):
+    with pytest.raises(ValueError, match=f"layout: expected .*{expected}.*, found nothing"):
+        load_dataset(tmp_path, name)
+    write_image(tmp_path / "photos" / "000.png")
+    with pytest.raises(ValueError, match=rf"layout: expected .*{expected}.*, found \['photos'\]"):
+        load_dataset(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["mvtec", "visa", "mtd", "real_iad", "labelled"])
+def test_most_layouts_have_no_validation_split(name, request):
+    with pytest.raises(ValueError, match="must be 'train' or 'test', got 'validation'"):
+        load_dataset(request.getfixturevalue(name), split="validation")
 
 
 def test_a_folder_with_no_images_is_refused(tmp_path):
@@ -203,20 +494,26 @@ def test_a_folder_with_no_images_is_refused(tmp_path):
         load_dataset(tmp_path, "mvtec", "train")
 
 
-@pytest.mark.parametrize("dataset_format", ["mvtec", "mtd", "folder"])
+@pytest.mark.parametrize("dataset_format", DATASET_FORMATS)
 def test_a_missing_root_is_named(tmp_path, dataset_format):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_dataset(tmp_path / "nowhere", dataset_format)
 
 
 def test_an_unknown_format_or_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="one of mvtec, mtd, folder, got 'coco'"):
+    with pytest.raises(ValueError, match="one of mvtec, .*mtd, .*folder, got 'coco'"):
         load_dataset(tmp_path, "coco")
     with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
         load_dataset(tmp_path, "mvtec", "val")
 
 
 # Masks
+
+
+def test_a_damaged_mask_is_named(mvtec):
+    (mvtec / "bottle" / "ground_truth" / "crack" / "000_mask.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    with pytest.raises(ValueError, match=r"A mask of .*crack.000\.png can not be read"):
+        load_dataset(mvtec, split="test").mask(0)
 
 
 def test_masks_are_resized_by_nearest_neighbour(tmp_path):

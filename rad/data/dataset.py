@@ -1,12 +1,15 @@
-"""One protocol for every data set: images with a label, a category, a kind of defect and, if there is one, a mask."""
+"""One protocol for every data set: images with a label, a category, a kind of defect and, if there is one, a mask;
+and what the layouts on disk share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+
+from ..image_processor import FORMATS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -19,13 +22,16 @@ class Sample:
         image: Path of the image, or an image opened but not decoded yet.
         category: What the image shows, "bottle" for example.
         defect: "good" or the kind of defect.
-        mask: Path of the ground-truth mask (255 = defect); None for good images and where no mask is known.
+        mask: Ground-truth mask, or several of which each marks a part; None for good images and where none is known.
+        mask_threshold: Grey values above it are defect: 127 where 255 is defect and faint fringes around it are not,
+            0 where masks hold small numbers such as the kind of defect.
     """
 
     image: Path | Image.Image
     category: str
     defect: str = "good"
-    mask: Path | None = None
+    mask: Path | Image.Image | tuple[Path, ...] | None = None
+    mask_threshold: int = 127
 
     @property
     def label(self) -> int:
@@ -59,18 +65,27 @@ class AnomalyDataset(Dataset):
 
         All False for a good image. None for an anomalous one without a mask or with an empty one: it counts at image
         level and is left out at pixel level.
+
+        Raises:
+            ValueError: A mask can not be read.
         """
-        sample = self.samples[index]
+        sample = self[index]
+        if not sample.label:
+            if size is None:
+                size = (sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)).size[::-1]
+            return np.zeros(size, dtype=bool)
         if sample.mask is None:
-            if sample.label:
-                return None
-            height, width = size or Image.open(sample.image).size[::-1]
-            return np.zeros((height, width), dtype=bool)
-        with Image.open(sample.mask) as image:
-            mask = image.convert("L")
+            return None
+        parts = []
+        for part in sample.mask if isinstance(sample.mask, tuple) else (sample.mask,):
+            try:
+                mask = (Image.open(part, formats=FORMATS) if isinstance(part, Path) else part).convert("L")
+            except Exception as error:  # Pillow's parsers raise many types on damaged files
+                raise ValueError(f"A mask of {self.samples[index].image} can not be read ({error}).") from error
             if size is not None:
                 mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
-            mask = np.asarray(mask) > 127  # 255 is a defect; JPEG-like fringes around it are not
+            parts.append(np.asarray(mask) > sample.mask_threshold)
+        mask = np.logical_or.reduce(parts)
         return mask if mask.any() else None
 
 
@@ -84,3 +99,47 @@ def list_images(folder: Path) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly in a folder, sorted by name; hidden ones are left out."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def find_mask(folder: Path, stem: str) -> Path | None:
+    """`<stem>_mask` or `<stem>` in a folder of masks, as .png or .bmp, whatever the image's own suffix."""
+    candidates = (folder / f"{stem}{end}{suffix}" for end in ("_mask", "") for suffix in (".png", ".bmp"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def pick_categories(source: Path | str, available: list[str], wanted: list[str] | None) -> list[str]:
+    """The wanted categories of those that a data set has, by default all.
+
+    Raises:
+        ValueError: One does not exist; the message lists those that do.
+    """
+    missing = sorted(set(wanted or []) - set(available))
+    if missing:
+        raise ValueError(f"{source} has no category {', '.join(missing)}; it has {', '.join(available)}.")
+    return wanted or available
+
+
+def wrong_layout(root: Path, layout: str, expected: str) -> ValueError:
+    """The error that says what a layout expects and what the folder holds."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    found = f"{names[:10]}{' and more' if len(names) > 10 else ''}" if names else "nothing"
+    return ValueError(f"{root} is not in {layout} layout: expected {expected}, found {found}.")
+
+
+def path_inside(folder: Path, name: str, source: Path) -> Path:
+    """The path that a list names inside a folder.
+
+    Raises:
+        ValueError: What `source`, the list, names is no relative path or may lead out of the folder.
+    """
+    if not isinstance(name, str) or Path(name).anchor or ".." in Path(name).parts:
+        raise ValueError(f"{source} names {name!r}, which is no path inside {folder}.")
+    return folder / name
+
+
+def check_files(samples: Iterable[Sample], source: Path) -> None:
+    """Raises ValueError with the count and the first name if images or masks that a list names do not exist."""
+    paths = (path for sample in samples for path in (sample.image, sample.mask) if path is not None)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{source} names {len(missing)} files that do not exist, the first is {missing[0]}.")

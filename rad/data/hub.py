@@ -4,35 +4,44 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ..image_processor import FORMATS
-from .dataset import AnomalyDataset, Sample
+from .dataset import AnomalyDataset, Sample, pick_categories
 
 GOOD_LABELS = ("good", "normal", "0", "False")
 
 
 class HubDataset(AnomalyDataset):
-    """Rows of a `datasets.Dataset`; a row's image is read when it is asked for.
+    """Rows of a `datasets.Dataset`; a row's image and mask are read when they are asked for.
 
     `samples[i].image` names the row only: take `dataset[i].image`.
     """
 
-    def __init__(self, samples: list[Sample], rows, image_column: str):
+    def __init__(self, samples: list[Sample], rows, image_column: str, mask_column: str | None = None):
         super().__init__(samples)
-        self.rows, self.image_column = rows, image_column
+        self.rows, self.image_column, self.mask_column = rows, image_column, mask_column
 
     def __getitem__(self, index: int) -> Sample:
-        value = self.rows[index][self.image_column]
-        if not value["bytes"]:
-            return replace(self.samples[index], image=Path(value["path"]))
-        try:
-            # Opened here, decoded and checked like an upload by RADImageProcessor
-            image = Image.open(io.BytesIO(value["bytes"]), formats=FORMATS)
-        except Exception as error:  # Pillow's parsers raise many types on damaged headers
-            raise ValueError(f"{self.samples[index].image} is not an image that can be read ({error}).") from error
-        return replace(self.samples[index], image=image)
+        sample, row = self.samples[index], self.rows[index]
+        mask = row[self.mask_column] if self.mask_column and sample.label else None
+        return replace(
+            sample,
+            image=open_image(row[self.image_column], str(sample.image)),
+            mask=None if mask is None else open_image(mask, f"The mask of {sample.image}"),
+        )
+
+
+def open_image(value: dict | None, name: str) -> Path | Image.Image:
+    """An image of a row: opened here, decoded and checked like an upload by `RADImageProcessor`."""
+    if value is None:
+        raise ValueError(f"{name} has no image.")
+    if not value["bytes"]:
+        return Path(value["path"])
+    try:
+        return Image.open(io.BytesIO(value["bytes"]), formats=FORMATS)
+    except Exception as error:  # Pillow's parsers raise many types on damaged headers
+        raise ValueError(f"{name} is not an image that can be read ({error}).") from error
 
 
 def load_hub_dataset(
@@ -45,20 +54,31 @@ def load_hub_dataset(
     categories: list[str] | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    mask_column: str | None = None,
+    mask_threshold: int = 0,
+    good_only: bool = True,
 ) -> HubDataset:
-    """Good images of one split of a data set.
+    """One split of a data set: its good images to train on, or, to measure, all.
 
     Args:
         name: Hub id, or a folder, of a data set.
         image_column: Column with the images.
         category_column: Column that tells what an image shows; by default all show the same.
-        label_column: Column that tells good images (0, "good" or "normal") from others; by default all are good.
+        label_column: Column that tells good images (0, "good" or "normal") from others, whose label is the kind of
+            defect; by default all are good.
         categories: Names to keep; by default all.
+        mask_column: Column with the masks of images that are not good; where it is empty, and without it, they count
+            at image level only.
+        mask_threshold: Grey values above it are defect; by default all but 0, since masks often hold class numbers.
+        good_only: Leave out all images that are not good.
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: The data set can not be loaded, lacks a column or a category, or has no good images.
+        ValueError: The data set can not be loaded, lacks a column or a category, or has no good images; or all images
+            are asked for without a column that tells which are good.
     """
+    if not good_only and label_column is None:
+        raise ValueError("With good_only=False, label_column must name the column that tells good images from others.")
     try:
         import datasets
     except ImportError as error:
@@ -68,12 +88,13 @@ def load_hub_dataset(
     except Exception as error:  # of the Hub, of Arrow, of the files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"The data set {name!r} can not be loaded ({reason}).") from error
-    for column in filter(None, (image_column, category_column, label_column)):
+    for column in filter(None, (image_column, category_column, label_column, mask_column)):
         if column not in rows.column_names:
             raise ValueError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}.")
-    if not isinstance(rows.features[image_column], datasets.Image):
-        raise ValueError(f"The column {image_column!r} of {name} holds {rows.features[image_column]}, not images.")
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    for column in filter(None, (image_column, mask_column)):
+        if not isinstance(rows.features[column], datasets.Image):
+            raise ValueError(f"The column {column!r} of {name} holds {rows.features[column]}, not images.")
+        rows = rows.cast_column(column, datasets.Image(decode=False))
 
     def texts(column: str | None, default: str) -> list[str]:
         if column is None:
@@ -82,13 +103,10 @@ def load_hub_dataset(
         return [feature.int2str(v) if isinstance(feature, datasets.ClassLabel) else str(v) for v in rows[column]]
 
     names = texts(category_column, Path(name).name)
-    available = sorted(set(names))
-    missing = sorted(set(categories or []) - set(available))
-    if missing:
-        raise ValueError(f"{name} has no category {', '.join(missing)}; it has {', '.join(available)}.")
-    good = [label in GOOD_LABELS for label in texts(label_column, "good")]
-    kept = [i for i in np.flatnonzero(good).tolist() if not categories or names[i] in categories]
-    if not kept:
+    picked = pick_categories(name, sorted(set(names)), categories)
+    defects = ["good" if label in GOOD_LABELS else label for label in texts(label_column, "good")]
+    kept = [i for i in range(len(rows)) if names[i] in picked and (defects[i] == "good" or not good_only)]
+    if "good" not in {defects[i] for i in kept}:
         raise ValueError(f"The split {split!r} of {name} has no good images.")
-    samples = [Sample(Path(f"row {i} of {name}"), names[i]) for i in kept]
-    return HubDataset(samples, rows.select(kept), image_column)
+    samples = [Sample(Path(f"row {i} of {name}"), names[i], defects[i], mask_threshold=mask_threshold) for i in kept]
+    return HubDataset(samples, rows.select(kept), image_column, mask_column)

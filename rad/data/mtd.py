@@ -6,7 +6,7 @@ MT_<class>/<name>.jpg is an image and MT_<class>/<name>.png its mask; MT_Free ho
 
 from pathlib import Path
 
-from .dataset import Sample
+from .dataset import Sample, wrong_layout
 
 
 def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -17,7 +17,7 @@ def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> lis
     """
     names_file = root / "train_filenames.txt"
     if not (root / "MT_Free").is_dir() or not names_file.is_file():
-        raise ValueError(f"{root} is not in MTD layout: expected the folder MT_Free and the file train_filenames.txt.")
+        raise wrong_layout(root, "MTD", "the folder MT_Free and the file train_filenames.txt")
     if categories and categories != ["magnetic_tile"]:
         raise ValueError(f"MTD has one category, magnetic_tile; got {', '.join(categories)}.")
     train_names = set(names_file.read_text().split())

@@ -1,40 +1,93 @@
-"""The layout of MVTec-AD (Bergmann et al., CVPR 2019), which VisA, BTAD and our synthetic set share once converted:
+"""The family of MVTec-AD: a folder for each category, in it one for each split, in that one for each kind of defect.
 
-<root>/<category>/train/good/*.png, test/good/*.png, test/<defect>/*.png and ground_truth/<defect>/*_mask.png
+MVTec-AD (Bergmann et al., CVPR 2019); VisA, once converted, and our synthetic set share its layout:
+
+    <category>/train/good/*.png, test/good/*.png, test/<defect>/*.png, ground_truth/<defect>/*_mask.png
+
+MVTec-AD 2 (Heckler-Kram et al., 2025). Its private test images have no public labels and are not listed:
+
+    <category>/train/good/*.png, validation/good/*.png, test_public/{good,bad}/*.png,
+    test_public/ground_truth/bad/*_mask.png, test_private*/*.png
+
+MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its defects:
+
+    <category>/train/good/*.png, validation/good/*.png, test/{good,logical_anomalies,structural_anomalies}/*.png,
+    ground_truth/<defect>/<image>/000.png, 001.png, ...
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from .dataset import Sample, list_images, subfolders
+from .dataset import Sample, find_mask, list_images, pick_categories, subfolders, wrong_layout
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
-    """Samples of `split` ("train" or "test") of the named categories, by default all.
+    """MVTec-AD's samples of `split` ("train" or "test"); arguments and errors as `load_categories`."""
+
+    def mask(category: Path, defect: str, image: Path) -> Path | None:
+        return find_mask(category / "ground_truth" / defect, image.stem)
+
+    return load_categories(root, split, categories, "MVTec-AD", mask)
+
+
+def load_mvtec_ad_2(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
+    """MVTec-AD 2's samples of `split` ("train", "validation" or "test", which is the public one)."""
+
+    def mask(category: Path, defect: str, image: Path) -> Path | None:
+        return find_mask(category / "test_public" / "ground_truth" / defect, image.stem)
+
+    return load_categories(root, split, categories, "MVTec-AD 2", mask, test="test_public")
+
+
+def load_mvtec_loco(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
+    """MVTec LOCO's samples of `split` ("train", "validation" or "test").
+
+    Every pixel that is not 0 in any mask of an image counts as defect: the values tell kinds of defects apart. The
+    metric of LOCO's authors, sPRO, saturates each kind at an area of its own instead; AUPRO on these masks is another
+    number.
+    """
+
+    def mask(category: Path, defect: str, image: Path) -> tuple[Path, ...] | None:
+        folder = category / "ground_truth" / defect / image.stem
+        return tuple(list_images(folder)) or None if folder.is_dir() else None
+
+    return load_categories(root, split, categories, "MVTec LOCO", mask, mask_threshold=0)
+
+
+def load_categories(
+    root: Path,
+    split: str,
+    categories: list[str] | None,
+    layout: str,
+    mask: Callable[[Path, str, Path], Path | tuple[Path, ...] | None],
+    test: str = "test",
+    good: str = "good",
+    mask_threshold: int = 127,
+) -> list[Sample]:
+    """Samples of one split of the named categories, by default all.
+
+    Args:
+        layout: Its name, for errors.
+        mask: Finds the mask of an image, given the category's folder, the defect's name and the image.
+        test: Folder of the split "test"; other splits lie in folders of their own name.
+        good: Folder of good images.
 
     Raises:
-        ValueError: No category in the layout, or a named one that does not exist; the message lists those that do.
+        ValueError: No category in the layout, or one without the split, or a named one that does not exist.
     """
-    available = [path.name for path in subfolders(root) if (path / "train").is_dir() or (path / "test").is_dir()]
+    available = [p.name for p in subfolders(root) if (p / "train" / good).is_dir() or (p / test / good).is_dir()]
     if not available:
-        raise ValueError(
-            f"{root} is not in MVTec-AD layout: expected <category>/train/good and <category>/test/<defect>, "
-            f"found {[path.name for path in subfolders(root)][:10] or 'no folders'}."
-        )
-    missing = sorted(set(categories or []) - set(available))
-    if missing:
-        raise ValueError(f"{root} has no category {', '.join(missing)}; it has {', '.join(available)}.")
-
+        raise wrong_layout(root, layout, f"<category>/train/{good} and <category>/{test}/<defect>")
     samples = []
-    for category in categories or available:
-        folder = root / category / split
+    for category in pick_categories(root, available, categories):
+        folder = root / category / (test if split == "test" else split)
         if not folder.is_dir():
             raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
-        for defect in subfolders(folder):
-            masks = root / category / "ground_truth" / defect.name
-            for image in list_images(defect):
-                mask = None
-                if defect.name != "good":
-                    candidates = [masks / f"{image.stem}_mask.png", masks / f"{image.stem}.png"]
-                    mask = next((path for path in candidates if path.exists()), None)
-                samples.append(Sample(image, category, defect.name, mask))
+        for kind in subfolders(folder):
+            if kind.name == "ground_truth":  # MVTec-AD 2 keeps its masks among the images
+                continue
+            defect = "good" if kind.name == good else kind.name
+            for image in list_images(kind):
+                found = None if defect == "good" else mask(root / category, kind.name, image)
+                samples.append(Sample(image, category, defect, found, mask_threshold))
     return samples
