@@ -140,7 +140,13 @@ def odds(p_value: float, resolution: int) -> str:
 
 
 def describe(
-    p_value: float, rate: float, regions: int, share: float, category: str = "object", num_good: int = 1000
+    p_value: float,
+    rate: float,
+    regions: int,
+    share: float,
+    category: str = "object",
+    num_good: int = 1000,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """The verdict as HTML.
 
@@ -148,6 +154,7 @@ def describe(
         rate: False-alarm rate in use; the verdict is "defect" where p_value <= rate.
         regions, share: How many regions the mask has, and its share of the surface.
         num_good: Good pictures that p_value was measured on; it is trusted to a tenth of 1 / num_good.
+        interval: What the rate may really be, 95 % confident.
     """
     good = f"A good part looks this odd {odds(p_value, min(10 * num_good, 10_000))}."
     percent = "less than 0.1" if share < 0.001 else f"{100 * share:.2g}"
@@ -161,7 +168,8 @@ def describe(
     hint = " Is this the product that the model knows?" if share > 0.5 else ""
     return (
         f"<div class='verdict {kind}' role='status'><strong>{title}</strong><p>{where} {good}{hint}</p>"
-        f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures; "
+        f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures, "
+        f"which leave it between {100 * interval[0]:.1f} and {100 * interval[1]:.1f} % (95 % confidence); "
         f"product: {html.escape(category)}.</p></div>"
     )
 
@@ -234,7 +242,8 @@ def redraw(inspection: Inspection | None, rate: float):
         box = f"{left}, {top}", f"{right - left} x {bottom - top}"
         table.append([number, *box, round(zoom**2 * region.area), round(region.peak, 1)])
     num_good = pipe.normality.config.num_scores
-    verdict = describe(inspection.p_value, rate, len(regions), mask.mean(), inspection.category, num_good)
+    interval = pipe.normality.false_alarm_interval(rate)
+    verdict = describe(inspection.p_value, rate, len(regions), mask.mean(), inspection.category, num_good, interval)
     return verdict, heated, Image.fromarray(mask), table
 
 

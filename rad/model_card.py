@@ -127,10 +127,12 @@ def _use_and_limits(pipeline: DiffusionPipeline) -> str:
     limits = ["Thresholds hold for photos taken like the good ones: same camera, light and pose."]
     if pipeline.normality is not None:
         config = pipeline.normality.config
+        low, high = pipeline.normality.false_alarm_interval(0.01)
         shared = f", shared by {len(config.categories)} categories" if len(config.categories) > 1 else ""
         limits.append(
-            f"They rest on {config.num_scores} held-out good photos{shared}: false-alarm rates far below "
-            f"{1 / config.num_scores:.1%} are extrapolated, not observed."
+            f"They rest on {config.num_scores} held-out good photos{shared}: set to 1 %, the false-alarm rate is "
+            f"between {low:.1%} and {high:.1%} (95 % confidence); rates far below {1 / config.num_scores:.1%} are "
+            "extrapolated, not observed."
         )
     limits.append(
         f"Photos are resized to {pipeline.config.resolution} x {pipeline.config.resolution} pixels: defects of a few "

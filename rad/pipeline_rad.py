@@ -70,7 +70,7 @@ class RADPipelineOutput(BaseOutput):
         anomaly_map: The map of the chosen score. In calibrated mode in units of good-image deviation: about 0 on good
             images, 1 a standard deviation above.
         score: [B], one number for each image, likewise.
-        scores: The same for every score type.
+        scores: The same for every score type, and for "global", how odd the image is as a whole, which has no map.
         p_value: [B] in (0, 1], how often a good image scores as high; None in paper mode.
         is_anomalous: [B] bool, p_value <= false_alarm_rate; None in paper mode.
         mask: [B, H, W] bool, pixels above the pixel threshold of the same rate; empty for images judged good. None in
@@ -82,6 +82,8 @@ class RADPipelineOutput(BaseOutput):
             difference that RAN compares with.
         category: The category whose normality was used, for each image.
         threshold: The image score at which false_alarm_rate lies; None in paper mode.
+        false_alarm_interval: 95 % confidence interval of the rate that this threshold really has, wide where it rests
+            on few good images; None in paper mode.
         pixel_threshold: The map value at which it lies; None in paper mode.
     """
 
@@ -100,6 +102,7 @@ class RADPipelineOutput(BaseOutput):
     rgb_map: np.ndarray | list[np.ndarray] | None = None
     category: list[str] | None = None
     threshold: float | None = None
+    false_alarm_interval: tuple[float, float] | None = None
     pixel_threshold: float | None = None
 
 
@@ -368,7 +371,7 @@ class RADPipeline(DiffusionPipeline):
             for start in range(0, len(images), batch_size):
                 x_0, chunk_sizes = self.image_processor.preprocess(images[start : start + batch_size])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
-                features, logits = self._features(x_0)
+                features, logits, summaries = self._features(x_0)
                 chunk_labels = labels[start : start + batch_size]
                 if self.normality is not None:
                     guesses = self.normality.classify(features)
@@ -387,7 +390,11 @@ class RADPipeline(DiffusionPipeline):
                     )
                     raw = stack_raw_maps(kl, error, rgb, self.normality.config.map_size, *logits, *distances)
                     maps = self.normality.calibrate(raw, chunk_labels)
-                    scores = {name: self.normality.image_scores(maps, chunk_labels, name) for name in maps}
+                    distance = self.normality.global_distance(summaries, chunk_labels)
+                    scores = {
+                        name: self.normality.image_scores(maps, chunk_labels, name, distance)
+                        for name in (*maps, "global")
+                    }
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
                 chunks.append((resized, {name: s.float().cpu() for name, s in scores.items()}))
                 sizes += chunk_sizes
@@ -395,7 +402,7 @@ class RADPipeline(DiffusionPipeline):
 
         # 3. Decide
         maps = {name: [m for resized, _ in chunks for m in resized[name]] for name in chunks[0][0]}
-        all_scores = {name: torch.cat([scores[name] for _, scores in chunks]) for name in maps}
+        all_scores = {name: torch.cat([scores[name] for _, scores in chunks]) for name in chunks[0][1]}
         score = all_scores[score_type]
         decision = {}
         if mode == "calibrated":
@@ -409,6 +416,7 @@ class RADPipeline(DiffusionPipeline):
                 "mask": _stack(masks),
                 "regions": [find_regions(k, m) for k, m in zip(masks, maps[score_type], strict=True)],
                 "threshold": self.normality.score_threshold(false_alarm_rate, score_type),
+                "false_alarm_interval": self.normality.false_alarm_interval(false_alarm_rate, score_type),
                 "pixel_threshold": pixel_threshold,
             }
         output = RADPipelineOutput(
@@ -421,11 +429,12 @@ class RADPipeline(DiffusionPipeline):
         )
         return _to_tensors(output) if output_type == "pt" else output
 
-    def _features(self, x_0: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The extractor's features of images, and a list of the discriminator's logits, empty if there is none."""
+    def _features(self, x_0: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """The extractor's features of images, a list of the discriminator's logits, empty if there is none, and the
+        extractor's summaries."""
         stages = self.feature_extractor.stages(x_0)
         logits = [] if self.discriminator is None else [self.discriminator(stages)]
-        return self.feature_extractor.join(stages), logits
+        return self.feature_extractor.join(stages), logits, self.feature_extractor.summary(x_0, stages)
 
     def raw_scores(
         self,
@@ -595,6 +604,7 @@ class RADPipeline(DiffusionPipeline):
         # 2. Score it, keeping no more than the Gaussians and the maps need
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
         residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
+        summaries = torch.empty(len(own), self.feature_extractor.num_summaries)
         num_maps = 3 * len(config["timesteps"]) + (self.discriminator is not None)
         raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
         with self.progress_bar(total=len(own)) as progress:
@@ -602,7 +612,7 @@ class RADPipeline(DiffusionPipeline):
                 stop = start + batch_size
                 x_0, _ = self.image_processor.preprocess(own[start:stop])
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
-                f, logits = self._features(x_0)
+                f, logits, summaries[start:stop] = self._features(x_0)
                 unet_labels = self._unet_labels_of_names(own_names[start:stop])
                 kl, error, rgb, residual = self.raw_scores(x_0, f, unet_labels, config["timesteps"], seed=seed)
                 features[start:stop] = F.adaptive_avg_pool2d(f.float(), size)
@@ -613,7 +623,9 @@ class RADPipeline(DiffusionPipeline):
                 progress.update(len(x_0))
 
         # 3. Fit
-        normality = NormalityModel.fit(features, residuals, labels, raw_maps, known, share, reduce, **config)
+        normality = NormalityModel.fit(
+            features, residuals, summaries, labels, raw_maps, known, share, reduce, **config
+        )
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
 

@@ -78,7 +78,8 @@ def test_verdict_of_a_good_part():
 
 
 def test_verdict_claims_no_more_than_its_good_pictures_tell():
-    assert "less than 1 time in 60." in app.describe(1e-9, 0.01, regions=1, share=0.1, num_good=6)
+    words = app.describe(1e-9, 0.01, regions=1, share=0.1, num_good=6, interval=(0.0, 0.459))
+    assert "less than 1 time in 60." in words and "between 0.0 and 45.9 % (95 % confidence)" in words
 
 
 def test_verdict_shows_names_as_text():

@@ -145,6 +145,22 @@ def test_features_do_not_depend_on_the_batch(extractor, photographs):
         torch.testing.assert_close(extractor(photographs[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-4)
 
 
+def test_a_summary_is_mean_and_deviation_of_every_channel_at_three_sizes(extractor, photographs):
+    found = extractor.summary(photographs, extractor.stages(photographs)).double().numpy()
+    assert found.shape == (3, extractor.num_summaries)
+    expected = []
+    for times in (1, 2, 4):
+        resized = torch.cat([_smaller(image, times) for image in photographs])
+        for stage in extractor.stages(resized):
+            values = stage.double().numpy().reshape(3, stage.shape[1], -1)
+            expected += [values.mean(2), values.std(2)]
+    np.testing.assert_allclose(found, np.concatenate(expected, axis=1), rtol=1e-3, atol=1e-4)
+
+
+def _smaller(image: torch.Tensor, times: int) -> torch.Tensor:
+    return F.interpolate(image[None], scale_factor=1 / times, mode="bilinear", antialias=True)
+
+
 # Calibration
 
 

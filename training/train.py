@@ -140,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Of training the discriminator on artificial defects; 0 leaves out its score.",
     )
     add("--map_weights", type=float, nargs=5, help="KL, feature error, residual, Mahalanobis, discriminator: map.")
-    add("--image_weights", type=float, nargs=5, help="The same five in the image score.")
+    add("--image_weights", type=float, nargs=6, help="The same five in the image score, and the global score's.")
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
 
     add = parser.add_argument_group("training").add_argument

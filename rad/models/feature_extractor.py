@@ -108,6 +108,28 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         size = [round(side / stride) for side in stages[0].shape[-2:]]
         return torch.cat([F.interpolate(stage, size, mode="bilinear", antialias=True) for stage in stages], dim=1)
 
+    def summary(self, images: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
+        """What an image is like as a whole, [B, num_summaries]: mean and deviation over positions of every channel, at
+        the images' size, a half and a quarter of it, so that large faint differences count too.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+            stages: Theirs, from `stages`.
+        """
+        stages = list(stages)
+        for scale in (1 / 2, 1 / 4):
+            stages += self.stages(F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True))
+        return torch.cat([x for stage in stages for x in _mean_and_std(stage.float())], dim=1)
+
+    @property
+    def num_summaries(self) -> int:
+        """Numbers in a `summary`."""
+        return 6 * self.num_channels
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of images [B, 3, H, W] in [-1, 1]: [B, num_channels, H / feature_stride, W / feature_stride]."""
         return self.join(self.stages(images))
+
+
+def _mean_and_std(stage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return stage.mean((2, 3)), stage.std((2, 3), correction=0)

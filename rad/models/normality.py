@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from scipy.stats import binomtest
+from sklearn.covariance import ledoit_wolf
 
 SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator")
 FUSED = ("pixel", "feature", "residual", "mahalanobis", "discriminator")
@@ -23,6 +25,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
     - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021), and one of the
       residuals that the network's prediction of those features leaves, on a grid half as fine, for context: means at
       each position, covariances shared by square blocks of positions, or by all positions for objects that move;
+    - a Gaussian of the extractor's summaries of whole images (Rippel et al., ICPR 2020), with one covariance for all
+      categories (Lee et al., NeurIPS 2018), for what is odd about an image and nowhere in it;
     - location and deviation of every raw score map (log KL, feature error and log RGB difference at each timestep and
       position, the two Mahalanobis distances), so that a score says how far from good images this one lies;
     - the scores of held-out good images, from which p-values and thresholds with a stated false-alarm rate follow.
@@ -31,14 +35,15 @@ class NormalityModel(ModelMixin, ConfigMixin):
         categories: Names of the categories, in the order of the class labels.
         timesteps: Steps of the full chain at which maps are scored.
         feature_channels: Channels of the extractor.
+        num_summaries: Numbers in its summary of an image.
         gaussian_size: Side of the grid of the features' Gaussian, that of the residuals' is half of it; both are
             averaged down to their grid.
         gaussian_channels: Both are projected to this many orthonormal directions.
         gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids.
         map_size: Side of the grid of calibrated maps.
         weights: Of the KL, feature error, residual, Mahalanobis and discriminator maps in the fused map.
-        image_weights: Likewise in the map whose largest values make the fused image score: what finds a defect's
-            outline best is not what tells bad images from good ones best.
+        image_weights: Likewise in the map whose largest values make the fused image score, and the weight of the
+            global score in it: what finds a defect's outline best is not what tells bad images from good ones best.
         context: How much the mean over a neighbourhood of half the side adds to the fused map; it helps large, faint
             defects and costs small ones.
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
@@ -53,12 +58,13 @@ class NormalityModel(ModelMixin, ConfigMixin):
         categories: tuple[str, ...] = ("object",),
         timesteps: tuple[int, ...] = (20, 201, 401),
         feature_channels: int = 192,
+        num_summaries: int = 1152,
         gaussian_size: int = 16,
         gaussian_channels: int = 140,
         gaussian_block: int = 1,
         map_size: int = 64,
         weights: tuple[float, ...] = (0.3, 0.6, 0.25, 0.25, 3.0),
-        image_weights: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5, 0.0),
+        image_weights: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5, 0.0, 1.0),
         context: float = 0.0,
         top_k: int = 64,
         num_scores: int = 1,
@@ -66,9 +72,9 @@ class NormalityModel(ModelMixin, ConfigMixin):
         discriminator: bool = False,
     ):
         super().__init__()
-        for name, given in (("weights", weights), ("image_weights", image_weights)):
-            if len(given) != len(FUSED):
-                raise ValueError(f"{name} must be {len(FUSED)} numbers, those of {', '.join(FUSED)}, got {given}.")
+        for name, given, of in (("weights", weights, FUSED), ("image_weights", image_weights, (*FUSED, "global"))):
+            if len(given) != len(of):
+                raise ValueError(f"{name} must be {len(of)} numbers, those of {', '.join(of)}, got {given}.")
         num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2 + discriminator, gaussian_channels
         self.register_buffer("projection", torch.zeros(feature_channels, channels))
         if gaussian_size < 2 or gaussian_size % gaussian_block or gaussian_size // 2 % gaussian_block:
@@ -83,17 +89,21 @@ class NormalityModel(ModelMixin, ConfigMixin):
             self.register_buffer(f"{kind}_whitening", torch.zeros(num_categories, num_blocks, triangle))
         self.register_buffer("category_mean", torch.zeros(num_categories, channels))
         self.register_buffer("category_std", torch.ones(num_categories, channels))
+        self.register_buffer("global_mean", torch.zeros(num_categories, num_summaries))
+        self.register_buffer("global_std", torch.ones(num_categories, num_summaries))
+        self.register_buffer("global_whitening", torch.zeros(num_summaries * (num_summaries + 1) // 2))
         self.register_buffer("location", torch.zeros(num_categories, num_maps, map_size, map_size))
         self.register_buffer("scale", torch.ones(num_categories, num_maps, map_size, map_size))
         self.register_buffer("map_scale", torch.ones(num_categories, len(self.score_types)))
-        self.register_buffer("score_location", torch.zeros(num_categories, len(self.score_types)))
-        self.register_buffer("score_scale", torch.ones(num_categories, len(self.score_types)))
-        self.register_buffer("good_scores", torch.zeros(len(self.score_types), num_scores))  # sorted, standardised
+        # The columns of scores are those of the maps and, last, the global one
+        self.register_buffer("score_location", torch.zeros(num_categories, len(self.score_types) + 1))
+        self.register_buffer("score_scale", torch.ones(num_categories, len(self.score_types) + 1))
+        self.register_buffer("good_scores", torch.zeros(len(self.score_types) + 1, num_scores))  # sorted, standardised
         self.register_buffer("pixel_quantiles", torch.zeros(len(self.score_types), len(TAIL)))
 
     @property
     def score_types(self) -> tuple[str, ...]:
-        """The score types there are, "fused" first."""
+        """The score types that have a map, "fused" first; the global score has none."""
         return SCORE_TYPES if self.config.discriminator else SCORE_TYPES[:-1]
 
     # -- Gaussians ------------------------------------------------------------------------------------------------
@@ -120,11 +130,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
     def _unpack(self, label: int, kind: str) -> torch.Tensor:
         """Whitening matrices [blocks, P, P] of a category."""
-        channels, packed = self.config.gaussian_channels, self.get_buffer(f"{kind}_whitening")[label].float()
-        matrix = packed.new_zeros(len(packed), channels, channels)
-        rows, columns = torch.tril_indices(channels, channels)
-        matrix[:, rows, columns] = packed
-        return matrix
+        return _triangle(self.get_buffer(f"{kind}_whitening")[label].float(), self.config.gaussian_channels)
+
+    def global_distance(self, summaries: torch.Tensor, labels: list[int]) -> torch.Tensor:
+        """Mahalanobis distances [B] of the extractor's summaries [B, num_summaries] to those of good images."""
+        z = (summaries.float() - self.global_mean[labels].float()) / self.global_std[labels].float()
+        return (z @ _triangle(self.global_whitening[None].float(), z.shape[1])[0].T).norm(dim=1)
 
     def classify(self, features: torch.Tensor) -> list[int]:
         """The category whose good images each image resembles most, by the Gaussian of position-averaged features."""
@@ -161,22 +172,38 @@ class NormalityModel(ModelMixin, ConfigMixin):
         return {"fused": fused / scale["fused"], **maps}
 
     def image_scores(
-        self, maps: dict[str, torch.Tensor], labels: list[int], score_type: str = "fused"
+        self,
+        maps: dict[str, torch.Tensor],
+        labels: list[int],
+        score_type: str = "fused",
+        global_distance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Image scores [B]: mean of the largest values of a map, in units of good images' deviation.
 
         Args:
             maps: From `calibrate`.
             labels: Class label of each image.
+            score_type: One of `score_types`, or "global", for which no map is needed.
+            global_distance: [B], from the method of that name; the fused and the global score need it.
         """
+        outlying = None
+        if global_distance is not None:
+            location, scale = self.score_location[labels, -1].float(), self.score_scale[labels, -1].float()
+            outlying = (global_distance - location) / scale
+        if score_type == "global":
+            return outlying
         column = SCORE_TYPES.index(score_type)
         location, scale = self.score_location[labels, column].float(), self.score_scale[labels, column].float()
-        return (self._top_k_mean(maps, score_type) - location) / scale
+        return (self._image_score(maps, score_type, outlying) - location) / scale
 
-    def _top_k_mean(self, maps: dict[str, torch.Tensor], score_type: str) -> torch.Tensor:
-        values = _weighted(maps, self.config.image_weights) if score_type == "fused" else maps[score_type]
+    def _image_score(
+        self, maps: dict[str, torch.Tensor], score_type: str, outlying: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean of the largest values of a map [B], to which the fused score adds how outlying the summary is [B]."""
+        values = _weighted(maps, self.config.image_weights[:-1]) if score_type == "fused" else maps[score_type]
         values = values.flatten(1)
-        return values.topk(min(self.config.top_k, values.shape[1]), dim=1).values.mean(1)
+        score = values.topk(min(self.config.top_k, values.shape[1]), dim=1).values.mean(1)
+        return score + self.config.image_weights[-1] * outlying if score_type == "fused" else score
 
     def p_value(self, scores: torch.Tensor, score_type: str = "fused") -> torch.Tensor:
         """How often a good image scores as high, [B] in (0, 1].
@@ -199,6 +226,17 @@ class NormalityModel(ModelMixin, ConfigMixin):
         rank = int(np.clip(np.floor(false_alarm_rate * (len(good) + 1)), 1, len(good)))
         return float(good.flip(0)[rank - 1])
 
+    def false_alarm_interval(self, false_alarm_rate: float, score_type: str = "fused") -> tuple[float, float]:
+        """95 % confidence interval (Clopper and Pearson's) of the rate that the threshold for this rate really has.
+
+        It follows from how many of the held-out good images lie above the threshold, and from nothing else: with ten
+        of them, none above, the rate may be anything up to 31 %.
+        """
+        good, *_ = self._tail(score_type)
+        above = int((good >= self.score_threshold(false_alarm_rate, score_type)).sum())
+        interval = binomtest(above, len(good)).proportion_ci(confidence_level=0.95)
+        return float(interval.low), float(interval.high)
+
     def pixel_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
         """The map value that this share of good images' pixels exceeds."""
         quantiles = self.pixel_quantiles[SCORE_TYPES.index(score_type)].float().cpu().numpy()
@@ -206,7 +244,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
     def _tail(self, score_type: str) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
         """Good images' scores (float64, ascending), where their tail starts, its rate and its mean excess."""
-        good = self.good_scores[SCORE_TYPES.index(score_type)].double().cpu()
+        good = self.good_scores[-1 if score_type == "global" else SCORE_TYPES.index(score_type)].double().cpu()
         size = max(1, len(good) // 10)
         start = good[-size - 1] if len(good) > 1 else good[0]
         mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
@@ -220,6 +258,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         cls,
         features: torch.Tensor,
         residuals: torch.Tensor,
+        summaries: torch.Tensor,
         labels: list[int],
         raw_maps: torch.Tensor,
         categories: list[str],
@@ -240,6 +279,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
             features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
                 may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
             residuals: What their prediction leaves, likewise.
+            summaries: The extractor's, of the same images, [n, num_summaries].
             labels: Class label of each image of all shares, [N].
             raw_maps: KL, feature error and RGB difference maps, and a discriminator's logits if there is one, of the
                 scored images in this share, [m, 3 T (+ 1), h, w].
@@ -265,6 +305,16 @@ class NormalityModel(ModelMixin, ConfigMixin):
                     f"Category {category!r} has {counts[-1]} good images to calibrate on; it needs at least 2."
                 )
             fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
+        everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
+        everyone[share] = summaries.double()
+        everyone = reduce(everyone)
+        mean, std, whitening = _fit_summaries(everyone, label_of)
+        global_distance = torch.zeros(num_scored, dtype=torch.float64)
+        for k in range(NUM_FOLDS):
+            held_out = fold_of == k
+            rest = _fit_summaries(everyone[~held_out], label_of[~held_out])
+            z = (everyone[held_out] - rest[0][label_of[held_out]]) / rest[1][label_of[held_out]]
+            global_distance[place[held_out]] = (z @ rest[2].T).norm(dim=1)
         label_of, place, fold_of = label_of[share], place[share], fold_of[share]
 
         several = len(categories) > 1
@@ -276,6 +326,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         model = cls(
             categories=tuple(categories),
             feature_channels=features.shape[1],
+            num_summaries=summaries.shape[1],
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
             discriminator=raw_maps.shape[1] % 3 == 1,
@@ -286,12 +337,15 @@ class NormalityModel(ModelMixin, ConfigMixin):
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
         model.projection.copy_(basis[:, : model.config.gaussian_channels])
+        model.global_mean.copy_(mean)
+        model.global_std.copy_(std)
+        model.global_whitening.copy_(whitening[tuple(torch.tril_indices(*whitening.shape))])
         block, size = model.config.gaussian_block, model.config.map_size
         rows, columns = torch.tril_indices(*[model.config.gaussian_channels] * 2)
 
         names, num_positioned = model.score_types, 3 * len(model.config.timesteps)
         maps, pooled = raw_maps.new_zeros(len(names), num_scored, size, size, dtype=torch.float32), []
-        scores = maps.new_zeros(len(names), num_scored)
+        scores = maps.new_zeros(len(names) + 1, num_scored)
         for label, count in enumerate(counts):
             mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
             fold, scored = fold_of[mine], fold_of[mine] >= 0
@@ -342,12 +396,21 @@ class NormalityModel(ModelMixin, ConfigMixin):
             map_scale[0, 0] = _Moments.of(fused, reduce).mean_and_std()[1]
             model.map_scale[label] = map_scale[0]
             combined = model._combine(z, map_scale)
-            top = torch.stack([model._top_k_mean(combined, name) for name in names])
-            mean, std = _Moments.of(top.T, reduce).mean_and_std()
-            model.score_location[label], model.score_scale[label] = mean, std.clamp_min(1e-3)
             places = place[mine][scored]
             maps[:, places] = torch.stack([combined[name] for name in names])
-            scores[:, places] = (top - model.score_location[label, :, None]) / model.score_scale[label, :, None]
+            distance = global_distance[places].float()
+            mean, std = _Moments.of(distance, reduce).mean_and_std()
+            outlying = ((distance - mean) / std.clamp_min(1e-3)).float()
+            values = [model._image_score(combined, name, outlying) for name in names]
+            values = torch.stack([*values, distance], dim=1)
+            moments = _Moments.of(values, reduce)
+            mean, std = moments.mean_and_std()
+            model.score_location[label], model.score_scale[label] = mean, std.clamp_min(1e-3)
+            for k in folds:
+                held_out = fold[scored] == k
+                rest = moments - _Moments.of(values[held_out], reduce)
+                mean, deviation = rest.mean_and_std(prior=std)
+                scores[:, places[held_out]] = ((values[held_out] - mean) / deviation.clamp_min(1e-3)).T.float()
         model.register_to_config(pooled=tuple(pooled))
 
         # 4. Scores and pixels of held-out good images, pooled over the categories whose units they share
@@ -383,10 +446,12 @@ class _Moments(NamedTuple):
     def __sub__(self, other: "_Moments") -> "_Moments":
         return _Moments(*(a - b for a, b in zip(self, other, strict=True)))
 
-    def mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.first / self.count
-        variance = (self.second - self.count * mean.square()) / (self.count - 1)
-        return mean, variance.clamp_min(0).sqrt()
+    def mean_and_std(self, prior: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prior deviation counts as much as `PRIOR_IMAGES` images."""
+        mean, weight = self.first / self.count, 0 if prior is None else PRIOR_IMAGES
+        squares = (self.second - self.count * mean.square()).clamp_min(0)
+        variance = (squares + (0 if prior is None else weight * prior.square())) / (self.count - 1 + weight)
+        return mean, variance.sqrt()
 
 
 def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *others) -> torch.Tensor:
@@ -420,6 +485,28 @@ def _blocks(x: torch.Tensor, count: int) -> torch.Tensor:
     """Vectors of x [N, P, g, g] in each of count x count blocks of positions, [count ** 2, P, N (g / count) ** 2]."""
     x = x.unflatten(3, (count, -1)).unflatten(2, (count, -1))
     return x.permute(2, 4, 1, 0, 3, 5).flatten(3).flatten(0, 1)
+
+
+def _triangle(packed: torch.Tensor, side: int) -> torch.Tensor:
+    """Lower triangular matrices [n, side, side] whose rows one after another are packed [n, side (side + 1) / 2]."""
+    matrix = packed.new_zeros(len(packed), side, side)
+    rows, columns = torch.tril_indices(side, side)
+    matrix[:, rows, columns] = packed
+    return matrix
+
+
+def _fit_summaries(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and deviation [K, D] of each category's summaries x [N, D], float64, and one whitening matrix [D, D].
+
+    There are more numbers in a summary than good images, so the covariance is drawn towards a multiple of the identity
+    by Ledoit and Wolf's share (J. Multivariate Analysis 2004).
+    """
+    categories = range(int(labels.max()) + 1)
+    mean = torch.stack([x[labels == k].mean(0) for k in categories])
+    std = torch.stack([x[labels == k].std(0, correction=0) for k in categories]).clamp_min(1e-3)
+    covariance, _ = ledoit_wolf(((x - mean[labels]) / std[labels]).numpy(), assume_centered=True)
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance + 0.01 * np.eye(len(covariance))))
+    return mean, std, torch.from_numpy(whitening)
 
 
 def _distance(deviations: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
