@@ -1,20 +1,40 @@
-"""A pipeline on images whose truth is known: the test images of a data set, or good ones with defects pasted on."""
+"""A pipeline on images whose truth is known: the test images of a data set, or good ones with defects pasted on.
 
+`score_dataset` keeps what it finds in files, one for each image, so that it can go on where it was stopped, several
+processes can share the work, and maps are read when they are needed.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.stats import betabinom, binom
 from tqdm.auto import tqdm
 
-from .data import AnomalyDataset
+from . import __version__
+from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
 from .image_processor import RADImageProcessor
-from .metrics import aupro, image_auroc, pixel_ap, pixel_auroc
-from .pipeline_rad import RADPipeline
+from .metrics import image_auroc, image_metrics, pixel_metrics
+from .pipeline_rad import RADPipeline, RADPipelineOutput
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 def evenly(count: int, limit: int | None) -> list[int]:
@@ -91,14 +111,9 @@ def score_images(
             batch_size=batch_size,
             **kwargs,
         )
-        for name, values in output.scores.items():
-            own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
-            resized = [
-                F.interpolate(torch.from_numpy(m)[None, None], (map_size,) * 2, mode="bilinear", antialias=True)
-                for m in own_size
-            ]
-            maps.setdefault(name, []).append(torch.cat(resized)[:, 0].numpy().astype(np.float32))
-            scores.setdefault(name, []).append(values)
+        for name, resized in resize_maps(output, map_size).items():
+            maps.setdefault(name, []).append(resized)
+            scores.setdefault(name, []).append(output.scores[name])
         if output.is_anomalous is not None:
             alarms.append(output.is_anomalous)
             categories += output.category
@@ -110,17 +125,25 @@ def score_images(
     }
 
 
+def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
+    """The maps of each score type as float32 [B, size, size]; the pipeline's are at each image's own size."""
+    maps = {}
+    for name in output.scores:
+        own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
+        resized = [
+            F.interpolate(torch.from_numpy(m)[None, None], (size, size), mode="bilinear", antialias=True)
+            for m in own_size
+        ]
+        maps[name] = torch.cat(resized)[:, 0].numpy().astype(np.float32)
+    return maps
+
+
 def measure(images: list[dict], maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """The four metrics of one score; images without a known mask count at image level only."""
     labels = np.array([item["label"] for item in images])
     masked = [i for i, item in enumerate(images) if item["mask"] is not None]
-    masks = np.stack([images[i]["mask"] for i in masked])
-    return {
-        "image_auroc": image_auroc(scores, labels),
-        "pixel_auroc": pixel_auroc(maps[masked], masks),
-        "pixel_ap": pixel_ap(maps[masked], masks),
-        "aupro": aupro(maps[masked], masks, max_fpr=0.3),
-    }
+    found = pixel_metrics(maps[masked], np.stack([images[i]["mask"] for i in masked]), (0.3,))
+    return {"image_auroc": image_auroc(scores, labels)} | {name: found[name] for name in METRICS[1:]}
 
 
 def measure_categories(images: list[dict], found: dict) -> dict[str, dict[str, dict[str, float]]]:
@@ -137,3 +160,266 @@ def measure_categories(images: list[dict], found: dict) -> dict[str, dict[str, d
         rows["mean"] = {metric: float(np.mean([row[metric] for row in rows.values()])) for metric in METRICS}
         results[score_type] = rows
     return results
+
+
+# -- one file for each image ------------------------------------------------------------------------------------------
+
+
+class Lazy(Sequence):
+    """Items made when they are asked for: `read(source)` of each source."""
+
+    def __init__(self, read: Callable[[Any], np.ndarray], sources: Sequence):
+        self.read, self.sources = read, sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.read(self.sources[index])
+
+
+class PastedDataset(AnomalyDataset):
+    """What `pasted_defects` gives, as a data set."""
+
+    def __init__(self, images: list[dict[str, Any]]):
+        super().__init__([Sample(item["image"], item["category"], item["defect"]) for item in images])
+        self.masks = [item["mask"] for item in images]
+
+    def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        return self.masks[index]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pipeline found on one image; maps and mask are read from the file when they are asked for.
+
+    Attributes:
+        path: The file, safetensors: a map [S, S] float16 for each score type and, of a defective image with a known
+            mask, `mask` [S, S] bool.
+        index: Of the image in its data set.
+        category, defect: As the data set says.
+        scores: Image score of each score type.
+        p_values: Likewise; empty in paper mode.
+        used_category: Whose normality was used; None without a normality model.
+        has_mask: False for a defective image without a mask, which counts at image level only.
+        seconds: Time to score the image, as its share of its batch.
+    """
+
+    path: Path
+    index: int
+    category: str
+    defect: str
+    scores: dict[str, float]
+    p_values: dict[str, float]
+    used_category: str | None
+    has_mask: bool
+    seconds: float
+
+    @property
+    def label(self) -> int:
+        """0 for good, 1 for anomalous."""
+        return int(self.defect != "good")
+
+    def map(self, score_type: str) -> np.ndarray:
+        """Float32 [S, S]."""
+        with _open(self.path) as file:
+            return file.get_tensor(score_type).astype(np.float32)
+
+    def mask(self) -> np.ndarray:
+        """Bool [S, S]: what is defective; nothing where no mask is known."""
+        with _open(self.path) as file:
+            if "mask" in file.keys():
+                return file.get_tensor("mask")
+            return np.zeros(file.get_slice("fused").get_shape(), bool)
+
+
+def score_dataset(
+    pipeline: RADPipeline,
+    dataset: AnomalyDataset,
+    indices: Sequence[int],
+    folder: str | os.PathLike,
+    map_size: int = 256,
+    infer_category: bool = False,
+    batch_size: int = 4,
+    at_resolution: bool = False,
+    **kwargs: Any,
+) -> list[Record]:
+    """Scores images of a data set, or reads what an earlier run found, and keeps each result in a file of its own.
+
+    A file's name is a hash of all that its content depends on: the pipeline's weights and code, the arguments, the
+    image, its mask and its category. It appears when it is complete. Batches hold one category and are the same for
+    any number of processes, each of which scores its share; all get all records.
+
+    Args:
+        indices: Of the images to score.
+        folder: Of the files; created if need be.
+        map_size: Maps and masks are kept at this square.
+        infer_category: Let the pipeline guess each category.
+        at_resolution: Resize images to the pipeline's resolution first, so that maps of that size are not resized.
+        kwargs: `mode`, `num_noise_samples` and `seed` of the pipeline.
+    """
+    folder, state = Path(folder), PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        for path in folder.glob("*.partial-*"):  # of a run that was killed
+            path.unlink()
+    state.wait_for_everyone()
+    pipeline.set_progress_bar_config(disable=True)
+    known = [] if pipeline.normality is None else pipeline.normality.config.categories
+    settings = {"map_size": map_size, "at_resolution": at_resolution, **dict(sorted(kwargs.items()))}
+    fingerprint = _fingerprint(pipeline, settings)
+    batches = []
+    for category in sorted({dataset.samples[i].category for i in indices}):
+        members = [i for i in indices if dataset.samples[i].category == category]
+        batches += [members[start : start + batch_size] for start in range(0, len(members), batch_size)]
+
+    names = {}
+    own = batches[state.process_index :: state.num_processes]
+    for batch in tqdm(own, "Scoring", disable=not state.is_local_main_process):
+        given = dataset.samples[batch[0]].category
+        given = given if given in known and not infer_category else None
+        images, masks = [dataset[i].image for i in batch], [dataset.mask(i, (map_size, map_size)) for i in batch]
+        paths = []
+        for image, mask in zip(images, masks, strict=True):
+            key = fingerprint.copy()
+            content = image.read_bytes() if isinstance(image, Path) else RADImageProcessor().decode(image).tobytes()
+            for part in (content, b"" if mask is None else mask.tobytes(), str(given).encode()):
+                key.update(hashlib.sha256(part).digest())
+            paths.append(folder / f"{key.hexdigest()[:32]}.safetensors")
+        names |= {i: path.name for i, path in zip(batch, paths, strict=True)}
+        if all(path.exists() for path in paths):
+            continue
+
+        start = time.perf_counter()
+        if at_resolution:
+            images = pipeline.image_processor.to_pil(pipeline.image_processor.preprocess(images)[0])
+        output = pipeline(images, class_labels=given, batch_size=batch_size, **kwargs)
+        seconds = (time.perf_counter() - start) / len(batch)
+        maps, p_values = resize_maps(output, map_size), {}
+        if output.p_value is not None:
+            p_values = {n: pipeline.normality.p_value(torch.from_numpy(s), n) for n, s in output.scores.items()}
+        for i, (path, mask) in enumerate(zip(paths, masks, strict=True)):
+            tensors = {name: m[i].clip(-HALF_MAX, HALF_MAX).astype(np.float16) for name, m in maps.items()}
+            record = {
+                "scores": {name: float(values[i]) for name, values in output.scores.items()},
+                "p_values": {name: float(values[i]) for name, values in p_values.items()},
+                "used_category": output.category[i] if output.category else None,
+                "has_mask": mask is not None,
+                "seconds": seconds,
+            }
+            partial = path.with_suffix(f".partial-{os.getpid()}")
+            save_file(
+                tensors | ({"mask": mask} if mask is not None and mask.any() else {}),
+                partial,
+                metadata={"record": json.dumps(record)},
+            )
+            os.replace(partial, path)
+
+    names = dict(item for item in gather_object(list(names.items())))
+    return [_read_record(folder / names[i], i, dataset.samples[i]) for i in indices]
+
+
+def _fingerprint(pipeline: RADPipeline, settings: dict[str, Any]) -> "hashlib._Hash":
+    """A hash, to be continued, of all that maps depend on beside the image: code, configuration, weights, settings."""
+    digest = hashlib.sha256(f"{__version__} {json.dumps(settings, sort_keys=True)}".encode())
+    parts = {"pipeline": pipeline, "image_processor": pipeline.image_processor, **pipeline.components}
+    for name, part in sorted(parts.items()):
+        if part is None:
+            continue
+        config = {k: v for k, v in getattr(part, "config", {}).items() if not k.startswith("_")}  # no local paths
+        config = {k: v for k, v in config.items() if k not in pipeline.components}
+        digest.update(f"{name} {json.dumps(config, sort_keys=True, default=str)}".encode())
+        digest.update(inspect.getsource(sys.modules[type(part).__module__]).encode())
+        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, and run again.") from error
+
+
+def _read_record(path: Path, index: int, sample: Sample) -> Record:
+    with _open(path) as file:
+        content = json.loads(file.metadata()["record"])
+    return Record(path, index, sample.category, sample.defect, **content)
+
+
+# -- what the records say ---------------------------------------------------------------------------------------------
+
+
+def measure_records(records: Sequence[Record], score_type: str, pixels: bool = True) -> dict[str, float]:
+    """`image_metrics`, where there are good and bad images, and `pixel_metrics`, where masks are known."""
+    labels, found = np.array([record.label for record in records]), {}
+    if len(set(labels.tolist())) == 2:
+        found |= image_metrics(np.array([record.scores[score_type] for record in records]), labels)
+    masked = [record for record in records if record.has_mask]
+    if pixels and any(record.label for record in masked):
+        found |= pixel_metrics(*maps_and_masks(masked, score_type))
+    return found
+
+
+def maps_and_masks(records: Sequence[Record], score_type: str) -> tuple[Lazy, Lazy]:
+    """What `rad.metrics` asks for, read from the files item by item."""
+    return Lazy(lambda record: record.map(score_type), records), Lazy(Record.mask, records)
+
+
+def mean_metrics(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the rows that have it."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def measure_decisions(
+    records: Sequence[Record], score_type: str, false_alarm_rates: Sequence[float], num_scores: int
+) -> list[dict[str, Any]]:
+    """How often an alarm is raised at each requested false-alarm rate, on good and on defective images.
+
+    Args:
+        num_scores: Good images that the thresholds rest on.
+
+    Returns:
+        For each rate, if there are good images: `false_alarms` among `num_good`; `interval`, which their number lies
+        in with a probability of 95 % or more if the rate holds (binomial), and whether it is `inside`;
+        `interval_few`, the same for thresholds that rest on the ranks of `num_scores` good images, which is wider
+        (beta-binomial); and `found` among `num_bad`.
+    """
+    good, bad = (np.array([r.p_values[score_type] for r in records if r.label == label]) for label in (0, 1))
+    rows = []
+    for rate in false_alarm_rates if len(good) else ():
+        alarms = int((good <= rate).sum())
+        low, high = (int(x) for x in binom.interval(0.95, len(good), rate))
+        few = betabinom.interval(0.95, len(good), rate * (num_scores + 1), (1 - rate) * (num_scores + 1))
+        rows.append(
+            {
+                "false_alarm_rate": rate,
+                "false_alarms": alarms,
+                "num_good": len(good),
+                "interval": [low, high],
+                "inside": low <= alarms <= high,
+                "interval_few": [int(x) for x in few],
+                "found": int((bad <= rate).sum()),
+                "num_bad": len(bad),
+            }
+        )
+    return rows
+
+
+def alpha_sweep(records: Sequence[Record], alpha: float) -> dict[str, float]:
+    """Metrics of RAN's A = alpha z(KL) + (1 - alpha) (feature error), each the mean over t, from paper-mode records.
+
+    The image score is the mean of the 64 largest pixels.
+    """
+
+    def fused(record: Record) -> np.ndarray:
+        return alpha * record.map("pixel") + (1 - alpha) * record.map("feature")
+
+    masked = [record for record in records if record.has_mask]
+    scores = np.array([np.sort(fused(record), axis=None)[-64:].mean() for record in records])
+    found = pixel_metrics(Lazy(fused, masked), Lazy(Record.mask, masked), (0.3,))
+    return image_metrics(scores, np.array([record.label for record in records])) | found

@@ -1,25 +1,49 @@
 """Pictures that explain a result."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .image_processor import ImageInput
+from .image_processor import ImageInput, RADImageProcessor
 from .pipeline_rad import AnomalyRegion, RADPipeline
 
 OUTLINE = (0, 229, 255)  # cyan, which the heat's colours and most surfaces lack; a dark rim sets it off from the rest
 RIM = (0, 0, 0)
+TRUTH = (255, 255, 255)
+# Okabe and Ito's, which colour-blind people tell apart; black is for what matters most
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+GOOD, BAD = COLORS[0], COLORS[5]
+TITLES = {  # of the score types, on axes
+    "fused": "fused",
+    "pixel": "KL",
+    "feature": "feature error",
+    "rgb": "RGB difference",
+}
+
+
+def outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], dashed: bool = False) -> Image.Image:
+    """The image with a line, set off by a dark rim, around the regions of a mask [H, W], outside them."""
+    image = image.copy()
+    width = max(1, round(max(image.size) / 400))
+    inside = Image.fromarray(mask.astype(np.uint8) * 255)
+    dash = 4 * width
+    drawn = np.indices(mask.shape).sum(0) // dash % 2 == 0 if dashed else np.ones(mask.shape, bool)
+    for shade, reach in ((RIM, 2 * width), (color, width)):
+        line = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(2 * reach + 1)), inside)
+        image.paste(shade, mask=ImageChops.multiply(line, Image.fromarray(drawn.astype(np.uint8) * 255)))
+    return image
 
 
 def draw_regions(image: Image.Image, mask: np.ndarray, regions: list[AnomalyRegion]) -> Image.Image:
     """The image with a line around each region of a mask [H, W], outside it, and the region's number from 1 on."""
-    image = image.copy()
+    image = outline(image, mask, OUTLINE)
     width = max(1, round(max(image.size) / 400))
-    inside = Image.fromarray(mask.astype(np.uint8) * 255)
-    for color, reach in ((RIM, 2 * width), (OUTLINE, width)):
-        image.paste(color, mask=ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(2 * reach + 1)), inside))
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(max(14, max(image.size) // 24))
     for number, region in enumerate(regions, start=1):
@@ -85,6 +109,166 @@ def denoising_figure(
             axis.imshow(values[i], **shown)
             axis.set_axis_off()
             axis.set_title(title if i == 0 else "", fontsize=10)
+    return _render(figure)
+
+
+def curves_figure(
+    image_scores: dict[str, np.ndarray], labels: np.ndarray, pixel_curves: dict[str, dict[str, np.ndarray]]
+) -> Image.Image:
+    """ROC and precision-recall curves of images and of pixels, and the PRO curve, a line for each score type, RGB.
+
+    Args:
+        image_scores: [N] for each score type.
+        labels: [N], 1 for anomalous.
+        pixel_curves: From `rad.metrics.pixel_curves`; empty where no masks are known.
+    """
+    figure = Figure(figsize=(12, 8) if pixel_curves else (8, 4), dpi=90, layout="constrained")
+    axes = figure.subplots(2 if pixel_curves else 1, 3 if pixel_curves else 2, squeeze=False)
+    for number, (name, scores) in enumerate(image_scores.items()):
+        style = line_style(name, number)
+        fpr, tpr, _ = roc_curve(labels, scores)
+        axes[0, 0].plot(fpr, tpr, **style)
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        axes[0, 1].plot(recall, precision, **style)
+        if name in pixel_curves:
+            curve = pixel_curves[name]
+            axes[1, 0].plot(curve["fpr"], curve["tpr"], **style)
+            axes[1, 1].plot(curve["tpr"], curve["precision"], **style)
+            axes[1, 2].plot(curve["fpr"], curve["pro"], **style)
+    for row, of in zip(axes, ("images", "pixels"), strict=False):
+        row[0].set(title=f"ROC, {of}", xlabel="false-positive rate", ylabel="true-positive rate")
+        row[1].set(title=f"precision and recall, {of}", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+        row[1].set_xlim(0, 1)
+    if pixel_curves:
+        axes[1, 2].axvspan(0, 0.3, color="#7F7F7F", alpha=0.12)
+        axes[1, 2].set(title="PRO (AUPRO: shaded part)", xlabel="false-positive rate", ylabel="per-region overlap")
+        axes[0, 2].set_axis_off()
+        axes[0, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12, frameon=False)
+    else:
+        axes[0, 0].legend(loc="lower right")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return _render(figure)
+
+
+def line_style(name: str, number: int) -> dict[str, Any]:
+    """How the line of a score type is drawn: the fused one black and thick, others by colour and dashes."""
+    label = TITLES.get(name, name)
+    if name == "fused":
+        return {"color": "black", "linewidth": 2.5, "label": label, "zorder": 3}
+    dashes = ("-", "--", "-.", ":")[number % 4]
+    return {"color": COLORS[number % len(COLORS)], "linewidth": 1.6, "linestyle": dashes, "label": label}
+
+
+def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None, rate: float) -> Image.Image:
+    """How image scores of good and of bad images are spread, with the threshold of a false-alarm rate, RGB."""
+    figure = Figure(figsize=(8, 3.2), dpi=90, layout="constrained")
+    axis = figure.subplots()
+    both = np.concatenate([good, bad])
+    # A few extreme scores would squeeze all others into one bar
+    low, high = both.min(), max(np.quantile(both, 0.98), np.quantile(good, 1) if len(good) else -np.inf)
+    bins = np.linspace(low, high if high > low else low + 1, 41)
+    for scores, color, hatch, name in ((good, GOOD, "", "good"), (bad, BAD, "//", "defective")):
+        label = f"{name} ({len(scores)})"
+        axis.hist(
+            scores.clip(bins[0], bins[-1]), bins, color=color, alpha=0.6, hatch=hatch, edgecolor="white", label=label
+        )
+    if threshold is not None:
+        axis.axvline(threshold, color="black", linestyle="--", label=f"threshold, {rate:.2g} false alarms")
+    beyond = int((both > bins[-1]).sum())
+    axis.set(
+        xlabel="image score" + f" ({beyond} beyond the right edge are in the last bar)" * bool(beyond), ylabel="images"
+    )
+    axis.legend()
+    return _render(figure)
+
+
+def verdict_picture(
+    image: Image.Image,
+    anomaly_map: np.ndarray,
+    truth: np.ndarray,
+    threshold: float | None,
+    alarm: bool,
+    side: int = 256,
+) -> Image.Image:
+    """An image, beside it its map as heat with the truth dashed in white and the mask found solid in cyan, RGB.
+
+    Args:
+        anomaly_map: [S, S]; it and `truth` cover the whole image.
+        truth: Bool [S, S].
+        threshold: Of pixels; None where there is none, and then there is no mask either.
+        alarm: Whether the image as a whole is called anomalous; if not there is no mask.
+        side: The longer side of each of the two pictures.
+    """
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    values = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    truth = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
+    low = threshold / 2 if threshold is not None and threshold > 0 else float(np.median(values))
+    heat = RADImageProcessor.overlay(image, values, low, max(4 * low, float(values.max()), low + 1e-3))
+    heat = outline(heat, truth, TRUTH, dashed=True)
+    if threshold is not None and alarm:
+        heat = outline(heat, values > threshold, OUTLINE)
+    both = Image.new("RGB", (2 * size[0] + 4, size[1]), "white")
+    both.paste(image)
+    both.paste(heat, (size[0] + 4, 0))
+    return both
+
+
+def maps_figure(pictures: list[Image.Image], columns: dict[str, list[np.ndarray]]) -> Image.Image:
+    """Methods side by side, as in RAN's figures 1 and 6: a row for each image, a column for each map, RGB.
+
+    Args:
+        pictures: The inputs.
+        columns: [S, S] for each picture: bool masks as they are, else maps, whose colours span one range a column.
+    """
+    titles = ["input", *(TITLES.get(name, name) for name in columns)]
+    figure = Figure(figsize=(1.8 * len(titles), 1.8 * len(pictures) + 0.3), dpi=90, layout="constrained")
+    axes = figure.subplots(len(pictures), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    for row, picture in zip(axes, pictures, strict=True):
+        row[0].imshow(picture.resize((256, 256)))
+    for column, maps in zip(axes.T[1:], columns.values(), strict=True):
+        low, high = np.quantile(np.stack(maps).astype(np.float32), (0.02, 0.998))
+        shown = {"cmap": "gray", "vmin": 0, "vmax": 1} if maps[0].dtype == bool else {"cmap": "inferno"}
+        for axis, values in zip(column, maps, strict=True):
+            axis.imshow(values, **({"vmin": low, "vmax": high} | shown))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return _render(figure)
+
+
+def sweep_figure(alphas: Sequence[float], metrics: dict[str, list[float]]) -> Image.Image:
+    """Metrics over the weight of the pixel-level score, as in RAN's figure 5, RGB."""
+    figure = Figure(figsize=(7, 4), dpi=90, layout="constrained")
+    axis = figure.subplots()
+    for number, (name, values) in enumerate(metrics.items()):
+        axis.plot(alphas, values, marker="os^D"[number % 4], **line_style(name, number))
+    axis.set(xlabel="alpha (0: feature error alone, 1: KL alone)", xlim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return _render(figure)
+
+
+def restoration_figure(
+    intermediates: list[list[Image.Image]], distances: list[np.ndarray], num_shown: int = 6
+) -> Image.Image:
+    """Images at several steps of the restoration and their distance curves, as in RAN's figure 7, RGB."""
+    figure = Figure(figsize=(1.8 * (num_shown + 1.5), 1.9 * len(distances) + 0.3), dpi=90, layout="constrained")
+    axes = figure.subplots(
+        len(distances), num_shown + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * num_shown + [1.5]}
+    )
+    for row, images, curve in zip(axes, intermediates, distances, strict=True):
+        for axis, step in zip(row, np.linspace(0, len(images) - 1, num_shown).round().astype(int), strict=False):
+            axis.imshow(images[step])
+            axis.set_title(f"step {step}" if step else "input", fontsize=9)
+            axis.set_axis_off()
+        row[-1].plot(curve, color=GOOD)
+        row[-1].axhline(0, color="black", linestyle=":", linewidth=1)
+        row[-1].set_title("distance, good images' deviations", fontsize=8)
+        row[-1].tick_params(labelsize=8)
     return _render(figure)
 
 

@@ -1,0 +1,272 @@
+"""The report of an evaluation: its tables as Markdown, and one HTML file that needs nothing beside itself."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+COLUMNS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1_max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1_max": "pixel F1-max",
+    "aupro": "AUPRO",
+    "aupro_0.05": "AUPRO, FPR ≤ 0.05",
+}
+MVTEC_AD = frozenset(
+    "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
+    "zipper".split()
+)
+# RAN's tables 1 and 2: pixel AUROC and PRO (FPR <= 0.3) in percent, mean over MVTec-AD's 15 categories
+PUBLISHED = {
+    "one model for each category": {
+        "SPADE": (96.0, 91.7),
+        "PaDiM": (97.8, 92.8),
+        "CFlow": (98.6, 94.6),
+        "DRAEM": (97.3, 93.0),
+        "UniAD": (97.0, 91.1),
+        "RAN": (96.7, 93.7),
+    },
+    "one model for all categories": {
+        "PaDiM": (90.5, 85.3),
+        "DRAEM": (89.4, 82.2),
+        "UniAD": (97.0, 91.1),
+        "RAN": (96.0, 93.0),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a note, the names of the columns and the cells, all as plain text."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        """The table in Markdown; names from files can not start anything in it."""
+        lines = (
+            [f"## {_plain(self.title)}", "", _plain(self.note), ""] if self.note else [f"## {_plain(self.title)}", ""]
+        )
+        cells = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join(lines + ["| " + " | ".join(map(_plain, row)) + " |" for row in cells])
+
+    def to_html(self, level: int = 2) -> str:
+        """The table in HTML; the first column is each row's heading."""
+        head = "".join(f"<th scope=col>{escape(name)}</th>" for name in self.columns)
+        rows = "".join(
+            f"<tr><th scope=row>{escape(row[0])}</th>"
+            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in self.rows
+        )
+        note = f"<p>{escape(self.note)}</p>" if self.note else ""
+        table = f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        return f"<h{level}>{escape(self.title)}</h{level}>{note}{table}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for the report, and the words below it, also read out in its place.
+
+    Attributes:
+        lossless: PNG for drawings, JPEG for photographs.
+    """
+
+    image: Image.Image
+    caption: str
+    lossless: bool = True
+
+    def to_html(self) -> str:
+        """A figure with the picture inside the page."""
+        buffer, kind = io.BytesIO(), "png" if self.lossless else "jpeg"
+        if self.lossless:
+            self.image.quantize(128).save(buffer, "png", optimize=True)
+        else:
+            self.image.save(buffer, "jpeg", quality=82)
+        source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        size = f"width={self.image.width} height={self.image.height}"
+        caption = escape(self.caption)
+        return f'<figure><img src="{source}" alt="{caption}" {size}><figcaption>{caption}</figcaption></figure>'
+
+
+def metrics_table(title: str, note: str, first: str, rows: dict[str, dict[str, float]]) -> Table:
+    """A row for each name; columns that no row has are left out, a dash stands where one has none."""
+    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    cells = [[k, *(f"{row[n]:.3f}" if n in row else "-" for n in names)] for k, row in rows.items()]
+    return Table(title, note, [first, *(COLUMNS[name] for name in names)], cells)
+
+
+def summary_tables(results: dict[str, Any]) -> list[Table]:
+    """Of all categories together: scores, categories, decisions and, where asked for, the published table."""
+    tables, scores = [], results["scores"]
+    count = f"{results['num_good']} good and {results['num_anomalous']} defective images"
+    if results["published"]:
+        tables.append(published_table(results))
+    tables.append(
+        metrics_table(
+            "Scores",
+            f"{count}; mean over {len(results['categories'])} categories."
+            if len(results["categories"]) > 1
+            else f"{count}.",
+            "score",
+            {name: score["mean"] for name, score in scores.items()},
+        )
+    )
+    if len(results["categories"]) > 1:
+        tables.append(metrics_table("Categories", "The fused score.", "category", scores["fused"]["categories"]))
+    if results["thresholds"] and results["num_good"]:
+        tables.append(decisions_table("Decisions", scores["fused"]["decisions"]["all"], results))
+    return tables
+
+
+def defects_table(results: dict[str, Any], category: str) -> Table:
+    """A row for each kind of defect of a category."""
+    note = "Images of this kind against the good ones, fused score."
+    return metrics_table("Kinds of defect", note, "defect", results["scores"]["fused"]["defects"][category])
+
+
+def decisions_table(title: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> Table:
+    """False alarms at each requested rate beside what chance allows, and what is found."""
+    few = min(t["num_scores"] for t in results["thresholds"].values())
+    note = (
+        "If the requested rate holds, the number of false alarms lies in the interval with a probability of 95 % or "
+        "more (binomial). The last but one column also counts in that thresholds themselves rest on no more than "
+        f"{few} good images (beta-binomial)."
+    )
+    columns = ["requested rate", "false alarms", "95 % interval", "inside", "thresholds counted in", "defective found"]
+    cells = []
+    for row in rows:
+        (low, high), (wide_low, wide_high) = row["interval"], row["interval_few"]
+        cells.append(
+            [
+                f"{row['false_alarm_rate']:.3g}",
+                f"{row['false_alarms']} of {row['num_good']}" + f" ({row['false_alarms'] / row['num_good']:.1%})",
+                f"{low} to {high}",
+                "yes" if row["inside"] else "NO",
+                f"{wide_low} to {wide_high}",
+                f"{row['found']} of {row['num_bad']}"
+                + (f" ({row['found'] / row['num_bad']:.1%})" if row["num_bad"] else ""),
+            ]
+        )
+    return Table(title, note, columns, cells)
+
+
+def published_table(results: dict[str, Any]) -> Table:
+    """RAN's table 1 or 2, published rows and then ours."""
+    rows = [
+        [name, f"{auroc:.1f}", f"{pro:.1f}", "published, MVTec-AD"]
+        for name, (auroc, pro) in PUBLISHED[results["published"]].items()
+    ]
+    mean, names = results["scores"]["fused"]["mean"], set(results["categories"])
+    same = names == MVTEC_AD
+    data = "this run, MVTec-AD" if same else "this run, OTHER DATA"
+    ours = [f"{100 * mean[name]:.1f}" if name in mean else "-" for name in ("pixel_auroc", "aupro")]
+    note = f"Pixel AUROC and PRO (FPR ≤ 0.3) in percent, {results['published']}, mean over categories."
+    if not same:
+        note += (
+            " The published rows are of MVTec-AD's 15 categories and this run is not, so its row can not be compared "
+            "with theirs."
+        )
+    elif results["arguments"]["max_test_samples"]:
+        note += " This run took some of the test images only."
+    number = 1 + list(PUBLISHED).index(results["published"])
+    rows.append([f"ours, {results['arguments']['mode']} mode", *ours, data])
+    return Table(f"Beside RAN's table {number}", note, ["method", "pixel AUROC", "PRO", "measured on"], rows)
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """All tables."""
+    tables = summary_tables(results)
+    for category in results["categories"]:
+        table = defects_table(results, category)
+        tables.append(Table(f"{table.title}: {category}", table.note, table.columns, table.rows))
+    return "\n\n".join(table.to_markdown() for table in tables) + "\n"
+
+
+def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]]], figures: Iterable[Picture]) -> str:
+    """The report as one page.
+
+    Args:
+        results: As in results.json.
+        sections: For each category groups of pictures by their headings.
+        figures: The paper's.
+    """
+    parts = [table.to_html() for table in summary_tables(results)]
+    figures = [picture.to_html() for picture in figures]
+    if figures:
+        parts.append("<h2>Figures as the paper's</h2>" + "".join(figures))
+    for number, (category, groups) in enumerate(sections.items()):
+        inside = [defects_table(results, category).to_html(3)]
+        decisions = results["scores"]["fused"]["decisions"].get("categories", {}).get(category)
+        if decisions and len(sections) > 1:
+            inside.append(decisions_table("Decisions", decisions, results).to_html(3))
+        for heading, pictures in groups.items():
+            inside.append(f"<h3>{escape(heading)}</h3>")
+            gallery = "".join(picture.to_html() for picture in pictures)
+            inside.append(gallery if pictures[0].lossless else f"<div class=gallery>{gallery}</div>")
+        is_open = " open" if number == 0 else ""
+        parts.append(f"<details{is_open}><summary>{escape(category)}</summary>{''.join(inside)}</details>")
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    model = escape(str(results["arguments"]["model"]))
+    settings = escape(json.dumps(results["arguments"], indent=2))
+    return f"""<!DOCTYPE html>
+<html lang=en>
+<head>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Evaluation of {model}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>Evaluation of {model}</h1>
+<p>{escape(results["data"])}, {escape(results["arguments"]["mode"])} mode, {results["seconds_per_image"]:.2f} s
+an image on {escape(results["device"])}; {escape(versions)}.</p></header>
+<main>
+{"".join(parts)}
+<details><summary>Arguments</summary><pre>{settings}</pre></details>
+</main>
+</body>
+</html>
+"""
+
+
+def _plain(text: str) -> str:
+    """For Markdown: one line, no HTML, no end of a cell."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #c8ccd2; --soft: #f3f4f6; --dim: #5a6270; }
+@media (prefers-color-scheme: dark) { :root { --line: #444b55; --soft: #22262c; --dim: #a6adb8; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; padding: 16px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .5em 0 .2em; }
+h2 { font-size: 1.25rem; margin: 1.8em 0 .3em; }
+h3 { font-size: 1.05rem; margin: 1.6em 0 .3em; }
+h1, summary, figcaption, th { overflow-wrap: anywhere; }
+p, figcaption { color: var(--dim); margin: .2em 0 .6em; max-width: 75ch; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
+th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child { text-align: left; white-space: normal; min-width: 6em; }
+thead th { color: var(--dim); font-weight: 600; white-space: normal; vertical-align: bottom; }
+tbody tr:hover { background: var(--soft); }
+figure { margin: .6em 0; }
+img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; display: block; }
+figcaption { font-size: .85rem; margin: .3em 0; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
+.gallery figure { margin: 0; }
+details { border: 1px solid var(--line); border-radius: 8px; padding: .6em 1em; margin: 1.5em 0; }
+summary { font-size: 1.25rem; font-weight: 700; cursor: pointer; }
+pre { overflow-x: auto; font-size: .85rem; }
+"""
