@@ -30,7 +30,7 @@ from . import __version__
 from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
 from .image_processor import RADImageProcessor
-from .metrics import image_auroc, image_metrics, pixel_metrics
+from .metrics import image_auroc, image_metrics, pixel_curves, pixel_metrics
 from .pipeline_rad import RADPipeline, RADPipelineOutput
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -354,18 +354,27 @@ def _read_record(path: Path, index: int, sample: Sample) -> Record:
 
 def measure_records(records: Sequence[Record], score_type: str, pixels: bool = True) -> dict[str, float]:
     """`image_metrics`, where there are good and bad images, and `pixel_metrics`, where masks are known."""
+    scores = [record.scores[score_type] for record in records]
+    return _measure(records, scores, (lambda record: record.map(score_type)) if pixels else None)
+
+
+def _measure(records: Sequence[Record], scores: list[float], read: Callable[[Record], np.ndarray] | None) -> dict:
     labels, found = np.array([record.label for record in records]), {}
     if len(set(labels.tolist())) == 2:
-        found |= image_metrics(np.array([record.scores[score_type] for record in records]), labels)
+        found |= image_metrics(np.array(scores), labels)
     masked = [record for record in records if record.has_mask]
-    if pixels and any(record.label for record in masked):
-        found |= pixel_metrics(*maps_and_masks(masked, score_type))
+    if read is not None and any(record.label for record in masked):
+        found |= pixel_metrics(Lazy(read, masked), Lazy(Record.mask, masked))
     return found
 
 
-def maps_and_masks(records: Sequence[Record], score_type: str) -> tuple[Lazy, Lazy]:
-    """What `rad.metrics` asks for, read from the files item by item."""
-    return Lazy(lambda record: record.map(score_type), records), Lazy(Record.mask, records)
+def curves_of_records(records: Sequence[Record], score_type: str) -> dict[str, np.ndarray] | None:
+    """`pixel_curves`; None where no masks are known."""
+    masked = [record for record in records if record.has_mask]
+    if not any(record.label for record in masked):
+        return None
+    maps = Lazy(lambda record: record.map(score_type), masked)
+    return pixel_curves(maps, Lazy(Record.mask, masked), num_points=300)
 
 
 def mean_metrics(rows: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -419,7 +428,4 @@ def alpha_sweep(records: Sequence[Record], alpha: float) -> dict[str, float]:
     def fused(record: Record) -> np.ndarray:
         return alpha * record.map("pixel") + (1 - alpha) * record.map("feature")
 
-    masked = [record for record in records if record.has_mask]
-    scores = np.array([np.sort(fused(record), axis=None)[-64:].mean() for record in records])
-    found = pixel_metrics(Lazy(fused, masked), Lazy(Record.mask, masked), (0.3,))
-    return image_metrics(scores, np.array([record.label for record in records])) | found
+    return _measure(records, [np.sort(fused(r), axis=None)[-64:].mean() for r in records], fused)

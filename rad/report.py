@@ -6,9 +6,26 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from .data import AnomalyDataset
+from .evaluation import Record, evenly
+from .image_processor import RADImageProcessor
+from .visualization import (
+    TITLES,
+    curve_figures,
+    histogram_figure,
+    maps_figure,
+    restoration_figure,
+    sweep_figure,
+    verdict_picture,
+)
+
+NUM_PICTURED = 4  # of each sort in a category
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -92,7 +109,7 @@ class Picture:
         if self.lossless:
             self.image.quantize(128).save(buffer, "png", optimize=True)
         else:
-            self.image.save(buffer, "jpeg", quality=82)
+            self.image.save(buffer, "jpeg", quality=85)
         source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
         size = f"width={self.image.width} height={self.image.height}"
         caption = escape(self.caption)
@@ -119,7 +136,7 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
             if len(results["categories"]) > 1
             else f"{count}.",
             "score",
-            {name: score["mean"] for name, score in scores.items()},
+            {TITLES.get(name, name): score["mean"] for name, score in scores.items()},
         )
     )
     if len(results["categories"]) > 1:
@@ -204,7 +221,9 @@ def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]
     parts = [table.to_html() for table in summary_tables(results)]
     figures = [picture.to_html() for picture in figures]
     if figures:
-        parts.append("<h2>Figures as the paper's</h2>" + "".join(figures))
+        parts.append(
+            "<h2>Figures as the paper's</h2>" + "".join(f"<div class=wide>{figure}</div>" for figure in figures)
+        )
     for number, (category, groups) in enumerate(sections.items()):
         inside = [defects_table(results, category).to_html(3)]
         decisions = results["scores"]["fused"]["decisions"].get("categories", {}).get(category)
@@ -213,7 +232,7 @@ def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]
         for heading, pictures in groups.items():
             inside.append(f"<h3>{escape(heading)}</h3>")
             gallery = "".join(picture.to_html() for picture in pictures)
-            inside.append(gallery if pictures[0].lossless else f"<div class=gallery>{gallery}</div>")
+            inside.append(f"<div class=gallery>{gallery}</div>")
         is_open = " open" if number == 0 else ""
         parts.append(f"<details{is_open}><summary>{escape(category)}</summary>{''.join(inside)}</details>")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -241,6 +260,104 @@ an image on {escape(results["device"])}; {escape(versions)}.</p></header>
 """
 
 
+def draw_category(
+    dataset: AnomalyDataset,
+    records: list[Record],
+    curves: dict[str, dict[str, np.ndarray]],
+    thresholds: dict[str, Any] | None,
+    false_alarm_rate: float,
+) -> dict[str, list[Picture]]:
+    """What the report shows of a category: curves, score histogram, and the images that say most.
+
+    Args:
+        curves: From `rad.metrics.pixel_curves` for each score type.
+        thresholds: The category's in results.json; None in paper mode.
+        false_alarm_rate: Of the verdicts.
+    """
+    labels = np.array([record.label for record in records])
+    scores = {name: np.array([record.scores[name] for record in records]) for name in records[0].scores}
+    rate = f"{false_alarm_rate:g}"
+    groups = {}
+    if len(set(labels.tolist())) == 2:
+        groups["Curves"] = [Picture(drawn, title) for title, drawn in curve_figures(scores, labels, curves).items()]
+    threshold = thresholds and thresholds["fused"]["image"][rate]
+    good, bad = (scores["fused"][labels == label] for label in (0, 1))
+    drawn = histogram_figure(good, bad, threshold, false_alarm_rate)
+    groups["Scores of good and defective images"] = [Picture(drawn, "Histogram of the fused image scores.")]
+
+    def picture(record: Record) -> Picture:
+        source, verdict, alarm = dataset.samples[record.index].image, "", False
+        name = "/".join(source.parts[-2:]) if isinstance(source, Path) else f"image {record.index}"
+        if thresholds:
+            alarm = record.p_values["fused"] <= false_alarm_rate
+            verdict = ("false alarm", "found")[record.label] if alarm else ("passed", "missed")[record.label]
+            verdict = f"{verdict}, p = {record.p_values['fused']:.2g}, "
+        drawn = verdict_picture(
+            RADImageProcessor().decode(dataset[record.index].image),
+            record.map("fused"),
+            record.mask(),
+            thresholds and thresholds["fused"]["pixel"][rate],
+            alarm,
+        )
+        return Picture(drawn, f"{name} ({record.defect}): {verdict}score {record.scores['fused']:.2f}", lossless=False)
+
+    ranked = sorted(records, key=lambda record: record.scores["fused"])
+    for heading, label, order in (
+        ("Good images that look worst", 0, ranked[::-1]),
+        ("Defective images that look best", 1, ranked),
+        ("Clearest defects", 1, ranked[::-1]),
+    ):
+        shown = [record for record in order if record.label == label][:NUM_PICTURED]
+        if shown:
+            groups[heading] = [picture(record) for record in shown]
+    return groups
+
+
+def draw_figures(
+    dataset: AnomalyDataset,
+    records: list[Record],
+    paper_records: list[Record],
+    sweep: dict[str, dict[str, float]],
+    restored: list[tuple[list[Image.Image], np.ndarray]],
+) -> dict[str, Picture]:
+    """RAN's figures 1, 5, 6 and 7 on these images, by file name.
+
+    Args:
+        sweep: Metrics for each alpha.
+        restored: The images after each step, and their distances to good ones, for each restored image.
+    """
+    bad = [record for record in records if record.label and record.has_mask]
+    shown = [bad[i] for i in evenly(len(bad), 5)]
+    in_paper_mode = {record.index: record for record in paper_records}
+    figures = {}
+    if shown:
+        pictures = [RADImageProcessor().decode(dataset[record.index].image) for record in shown]
+        names = sorted(shown[0].scores, key=lambda name: (name == "fused", name != "rgb"))
+        columns = {"truth": [record.mask() for record in shown]}
+        columns |= {name: [record.map(name) for record in shown] for name in names}
+        drawn = maps_figure(pictures, columns)
+        figures["methods"] = Picture(drawn, "Score types side by side, as RAN's figure 1.", lossless=False)
+        names = [
+            name for name in ("image_auroc", "pixel_auroc", "aupro") if all(name in row for row in sweep.values())
+        ]
+        drawn = sweep_figure(
+            [float(alpha) for alpha in sweep], {COLUMNS[n]: [r[n] for r in sweep.values()] for n in names}
+        )
+        figures["alpha_sweep"] = Picture(drawn, "The weight of KL in paper mode, as RAN's figure 5.")
+        paper = [in_paper_mode[record.index] for record in shown]
+        columns = {"truth": [record.mask() for record in paper]}
+        columns |= {name: [record.map(name) for record in paper] for name in ("pixel", "feature", "fused")}
+        drawn = maps_figure(pictures, columns)
+        figures["kl_and_fused"] = Picture(
+            drawn, "KL, feature error and their fusion in paper mode, as RAN's figure 6."
+        )
+    if restored:
+        drawn = restoration_figure(*zip(*restored, strict=True))
+        caption = "Restoration step by step and the distance to good images, as RAN's figure 7."
+        figures["restoration"] = Picture(drawn, caption, lossless=False)
+    return figures
+
+
 def _plain(text: str) -> str:
     """For Markdown: one line, no HTML, no end of a cell."""
     return " ".join(escape(text, quote=False).replace("|", "\\|").split())
@@ -253,19 +370,20 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; 
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .5em 0 .2em; }
 h2 { font-size: 1.25rem; margin: 1.8em 0 .3em; }
 h3 { font-size: 1.05rem; margin: 1.6em 0 .3em; }
-h1, summary, figcaption, th { overflow-wrap: anywhere; }
+h1, summary, figcaption, tbody th { overflow-wrap: anywhere; }
 p, figcaption { color: var(--dim); margin: .2em 0 .6em; max-width: 75ch; }
 .wide { overflow-x: auto; }
+.wide img { min-width: 620px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; min-width: 6em; }
+th:first-child { text-align: left; white-space: normal; min-width: 8em; padding-left: 0; }
 thead th { color: var(--dim); font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:hover { background: var(--soft); }
 figure { margin: .6em 0; }
 img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; display: block; }
 figcaption { font-size: .85rem; margin: .3em 0; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
-.gallery figure { margin: 0; }
+.gallery figure { margin: 0; min-width: 0; }
 details { border: 1px solid var(--line); border-radius: 8px; padding: .6em 1em; margin: 1.5em 0; }
 summary { font-size: 1.25rem; font-weight: 700; cursor: pointer; }
 pre { overflow-x: auto; font-size: .85rem; }

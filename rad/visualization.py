@@ -19,12 +19,7 @@ TRUTH = (255, 255, 255)
 # Okabe and Ito's, which colour-blind people tell apart; black is for what matters most
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 GOOD, BAD = COLORS[0], COLORS[5]
-TITLES = {  # of the score types, on axes
-    "fused": "fused",
-    "pixel": "KL",
-    "feature": "feature error",
-    "rgb": "RGB difference",
-}
+TITLES = {"pixel": "pixel (KL)", "feature": "feature (error)", "rgb": "RGB difference"}  # of score types
 
 
 def outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], dashed: bool = False) -> Image.Image:
@@ -112,43 +107,44 @@ def denoising_figure(
     return _render(figure)
 
 
-def curves_figure(
+def curve_figures(
     image_scores: dict[str, np.ndarray], labels: np.ndarray, pixel_curves: dict[str, dict[str, np.ndarray]]
-) -> Image.Image:
-    """ROC and precision-recall curves of images and of pixels, and the PRO curve, a line for each score type, RGB.
+) -> dict[str, Image.Image]:
+    """ROC and precision-recall curves of images and of pixels, and the PRO curve, by title; a line for each score
+    type, RGB.
 
     Args:
         image_scores: [N] for each score type.
         labels: [N], 1 for anomalous.
         pixel_curves: From `rad.metrics.pixel_curves`; empty where no masks are known.
     """
-    figure = Figure(figsize=(12, 8) if pixel_curves else (8, 4), dpi=90, layout="constrained")
-    axes = figure.subplots(2 if pixel_curves else 1, 3 if pixel_curves else 2, squeeze=False)
-    for number, (name, scores) in enumerate(image_scores.items()):
-        style = line_style(name, number)
-        fpr, tpr, _ = roc_curve(labels, scores)
-        axes[0, 0].plot(fpr, tpr, **style)
-        precision, recall, _ = precision_recall_curve(labels, scores)
-        axes[0, 1].plot(recall, precision, **style)
-        if name in pixel_curves:
-            curve = pixel_curves[name]
-            axes[1, 0].plot(curve["fpr"], curve["tpr"], **style)
-            axes[1, 1].plot(curve["tpr"], curve["precision"], **style)
-            axes[1, 2].plot(curve["fpr"], curve["pro"], **style)
-    for row, of in zip(axes, ("images", "pixels"), strict=False):
-        row[0].set(title=f"ROC, {of}", xlabel="false-positive rate", ylabel="true-positive rate")
-        row[1].set(title=f"precision and recall, {of}", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-        row[1].set_xlim(0, 1)
-    if pixel_curves:
-        axes[1, 2].axvspan(0, 0.3, color="#7F7F7F", alpha=0.12)
-        axes[1, 2].set(title="PRO (AUPRO: shaded part)", xlabel="false-positive rate", ylabel="per-region overlap")
-        axes[0, 2].set_axis_off()
-        axes[0, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", fontsize=12, frameon=False)
-    else:
-        axes[0, 0].legend(loc="lower right")
-    for axis in axes.flat:
+    fpr, tpr, recall = "false-positive rate", "true-positive rate", "recall"
+    lines = {("ROC curve, images", fpr, tpr): {}, ("Precision and recall, images", recall, "precision"): {}}
+    for name, scores in image_scores.items():
+        for curve, points in zip(
+            lines.values(), (roc_curve(labels, scores)[:2], precision_recall_curve(labels, scores)[1::-1]), strict=True
+        ):
+            curve[name] = points
+    of_pixels = {
+        ("ROC curve, pixels", fpr, tpr): ("fpr", "tpr"),
+        ("Precision and recall, pixels", recall, "precision"): ("tpr", "precision"),
+        ("PRO curve, AUPRO up to the dotted lines", fpr, "per-region overlap"): ("fpr", "pro"),
+    }
+    for title, (x, y) in of_pixels.items() if pixel_curves else ():
+        lines[title] = {name: (curve[x], curve[y]) for name, curve in pixel_curves.items()}
+    figures = {}
+    for (title, x, y), curves in lines.items():
+        figure = Figure(figsize=(4.4, 4.4), dpi=100, layout="constrained")
+        axis = figure.subplots()
+        for number, (name, points) in enumerate(curves.items()):
+            axis.plot(*points, **line_style(name, number))
+        for limit in (0.05, 0.3) if title.startswith("PRO") else ():
+            axis.axvline(limit, color="black", linestyle=":", linewidth=1)
+        axis.set(xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-    return _render(figure)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        figures[title] = _render(figure)
+    return figures
 
 
 def line_style(name: str, number: int) -> dict[str, Any]:
@@ -162,12 +158,12 @@ def line_style(name: str, number: int) -> dict[str, Any]:
 
 def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None, rate: float) -> Image.Image:
     """How image scores of good and of bad images are spread, with the threshold of a false-alarm rate, RGB."""
-    figure = Figure(figsize=(8, 3.2), dpi=90, layout="constrained")
+    figure = Figure(figsize=(5, 3.4), dpi=100, layout="constrained")
     axis = figure.subplots()
     both = np.concatenate([good, bad])
     # A few extreme scores would squeeze all others into one bar
     low, high = both.min(), max(np.quantile(both, 0.98), np.quantile(good, 1) if len(good) else -np.inf)
-    bins = np.linspace(low, high if high > low else low + 1, 41)
+    bins = np.linspace(low, high if high > low else low + 1, 31)
     for scores, color, hatch, name in ((good, GOOD, "", "good"), (bad, BAD, "//", "defective")):
         label = f"{name} ({len(scores)})"
         axis.hist(
@@ -179,7 +175,7 @@ def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None,
     axis.set(
         xlabel="image score" + f" ({beyond} beyond the right edge are in the last bar)" * bool(beyond), ylabel="images"
     )
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return _render(figure)
 
 

@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,35 +27,26 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
 
-from rad import RADImageProcessor, RADPipeline, __version__
+from rad import RADPipeline, __version__
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
 from rad.evaluation import (
     PastedDataset,
     Record,
     alpha_sweep,
+    curves_of_records,
     evenly,
-    maps_and_masks,
     mean_metrics,
     measure_decisions,
     measure_records,
     pasted_defects,
     score_dataset,
 )
-from rad.metrics import pixel_curves, psnr
+from rad.metrics import psnr
 from rad.pipeline_rad import EMBEDDED_MODELS
-from rad.report import COLUMNS, PUBLISHED, Picture, summary_tables, to_html, to_markdown
-from rad.visualization import (
-    curves_figure,
-    histogram_figure,
-    maps_figure,
-    restoration_figure,
-    sweep_figure,
-    verdict_picture,
-)
+from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
 
 RATES = (0.01, 0.05, 0.1)  # false-alarm rates that are checked
 ALPHAS = [i / 10 for i in range(11)]
-NUM_PICTURED = 4  # of each sort in a category
 CATEGORY = "{category}"
 
 
@@ -132,6 +125,11 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
+def false_alarm_rates(args: argparse.Namespace) -> list[float]:
+    """Those that are checked."""
+    return sorted({*RATES, args.false_alarm_rate})
+
+
 def restore(
     args: argparse.Namespace, pipeline: RADPipeline, dataset: AnomalyDataset, record: Record
 ) -> dict[str, Any]:
@@ -155,20 +153,18 @@ def restore(
 
 def measure_category(records: list[Record], score_type: str) -> dict[str, Any]:
     """Metrics of a score in a category, of each kind of defect beside the good images, and its curves."""
-    main, has_masks = score_type == "fused", any(record.label and record.has_mask for record in records)
     good, defects = [record for record in records if not record.label], {}
     for defect in sorted({record.defect for record in records if record.label}):
         own = [record for record in records if record.defect == defect]
-        defects[defect] = measure_records(good + own, score_type, pixels=main)
-    masked = [record for record in records if record.has_mask]
+        defects[defect] = measure_records(good + own, score_type, pixels=score_type == "fused")
     return {
         "metrics": measure_records(records, score_type),
         "defects": defects,
-        "curves": pixel_curves(*maps_and_masks(masked, score_type), num_points=300) if has_masks else None,
+        "curves": curves_of_records(records, score_type),
     }
 
 
-def share(jobs: list, work, description: str) -> list:
+def share(jobs: list, work: Callable[[Any], Any], description: str) -> list:
     """`work(job)` of each job, in order; each process does its part, all get all of it."""
     state = PartialState()
     own = list(enumerate(jobs))[state.process_index :: state.num_processes]
@@ -183,216 +179,159 @@ def write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def draw_category(
-    args: argparse.Namespace,
-    dataset: AnomalyDataset,
-    records: list[Record],
-    curves: dict[str, dict[str, np.ndarray]],
-    thresholds: dict[str, dict] | None,
-) -> dict[str, list[Picture]]:
-    """What the report shows of a category: curves, score histogram, and the images that say most."""
-    labels = np.array([record.label for record in records])
-    scores = {name: np.array([record.scores[name] for record in records]) for name in records[0].scores}
-    rate = f"{args.false_alarm_rate:g}"
-    groups = {}
-    if len(set(labels.tolist())) == 2:
-        groups["Curves"] = [Picture(curves_figure(scores, labels, curves), "Curves of each score type.")]
-    threshold = thresholds and thresholds["fused"]["image"][rate]
-    good, bad = (scores["fused"][labels == label] for label in (0, 1))
-    drawn = histogram_figure(good, bad, threshold, args.false_alarm_rate)
-    groups["Scores of good and defective images"] = [Picture(drawn, "Histogram of the fused image scores.")]
+@dataclass
+class Found:
+    """What scoring gave.
 
-    def picture(record: Record) -> Picture:
-        source, verdict, alarm = dataset.samples[record.index].image, "", False
-        name = "/".join(source.parts[-2:]) if isinstance(source, Path) else f"image {record.index}"
-        if thresholds:
-            alarm = record.p_values["fused"] <= args.false_alarm_rate
-            verdict = ("false alarm", "found")[record.label] if alarm else ("passed", "missed")[record.label]
-            verdict = f"{verdict}, p = {record.p_values['fused']:.2g}, "
-        drawn = verdict_picture(
-            RADImageProcessor().decode(dataset[record.index].image),
-            record.map("fused"),
-            record.mask(),
-            thresholds and thresholds["fused"]["pixel"][rate],
-            alarm,
+    Attributes:
+        records: Of all images.
+        paper_records: Likewise in paper mode at the pipeline's resolution, for the paper's figures.
+        thresholds: For each category the image and pixel thresholds of each score type, by false-alarm rate.
+        restorations: From `restore`.
+        restored: For a few images the intermediate pictures and the distances of their restoration.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    paper_records: list[Record] = field(default_factory=list)
+    thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    restorations: list[dict[str, Any]] = field(default_factory=list)
+    restored: list[tuple[list[Image.Image], np.ndarray]] = field(default_factory=list)
+
+
+def score(
+    args: argparse.Namespace, pipeline: RADPipeline, dataset: AnomalyDataset, indices: list[int], found: Found
+) -> None:
+    """Scores images that one pipeline is for, and adds what was found."""
+    common = {"folder": Path(args.output_dir) / "records", "batch_size": args.batch_size, "seed": args.seed}
+    common |= {"infer_category": args.infer_category, "num_noise_samples": args.num_noise_samples}
+    records = score_dataset(pipeline, dataset, indices, map_size=args.map_size, mode=args.mode, **common)
+    bad, normality = [record for record in records if record.label and record.has_mask], pipeline.normality
+    if args.mode == "calibrated":
+        thresholds = {"num_scores": normality.config.num_scores}
+        for name in records[0].scores:
+            thresholds[name] = {
+                "image": {f"{rate:g}": normality.score_threshold(rate, name) for rate in false_alarm_rates(args)},
+                "pixel": {f"{rate:g}": normality.pixel_threshold(rate, name) for rate in false_alarm_rates(args)},
+            }
+        found.thresholds |= dict.fromkeys(sorted({record.category for record in records}), thresholds)
+    if args.restore:
+        chosen = [bad[i] for i in evenly(len(bad), args.restore)]
+        found.restorations += share(chosen, lambda record: restore(args, pipeline, dataset, record), "Restoring")
+    if args.figures:
+        size = pipeline.config.resolution
+        found.paper_records += score_dataset(
+            pipeline, dataset, indices, map_size=size, mode="paper", at_resolution=True, **common
         )
-        return Picture(drawn, f"{name} ({record.defect}): {verdict}score {record.scores['fused']:.2f}", lossless=False)
+    if args.figures and not found.restored and normality is not None:  # of the first model only
 
-    ranked = sorted(records, key=lambda record: record.scores["fused"])
-    for heading, label, order in (
-        ("Good images that look worst", 0, ranked[::-1]),
-        ("Defective images that look best", 1, ranked),
-        ("Clearest defects", 1, ranked[::-1]),
-    ):
-        shown = [record for record in order if record.label == label][:NUM_PICTURED]
-        if shown:
-            groups[heading] = [picture(record) for record in shown]
-    return groups
+        def steps(record: Record) -> tuple[list[Image.Image], np.ndarray]:
+            image = dataset[record.index].image
+            output = pipeline.restore(image, class_labels=record.used_category, seed=args.seed)
+            return output.intermediates[0], output.distances[0]
+
+        found.restored += share([bad[i] for i in evenly(len(bad), 3)], steps, "Restoring")
+    found.records += records
 
 
-def draw_figures(
-    dataset: AnomalyDataset, records: list[Record], paper_records: list[Record], restored: list[tuple]
-) -> dict[str, Picture]:
-    """RAN's figures 1, 5, 6 and 7 on these images, by file name."""
-    bad = [record for record in records if record.label and record.has_mask]
-    shown = [bad[i] for i in evenly(len(bad), 5)]
-    in_paper_mode = {record.index: record for record in paper_records}
-    figures = {}
-    if shown:
-        pictures = [RADImageProcessor().decode(dataset[record.index].image) for record in shown]
-        names = sorted(shown[0].scores, key=lambda name: (name == "fused", name != "rgb"))
-        columns = {"truth": [record.mask() for record in shown]}
-        columns |= {name: [record.map(name) for record in shown] for name in names}
-        drawn = maps_figure(pictures, columns)
-        figures["methods"] = Picture(drawn, "Score types side by side, as RAN's figure 1.")
-        paper = [in_paper_mode[record.index] for record in shown]
-        columns = {"truth": [record.mask() for record in paper]}
-        columns |= {name: [record.map(name) for record in paper] for name in ("pixel", "feature", "fused")}
-        drawn = maps_figure(pictures, columns)
-        figures["kl_and_fused"] = Picture(
-            drawn, "KL, feature error and their fusion in paper mode, as RAN's figure 6."
-        )
-    if restored:
-        drawn = restoration_figure(*zip(*restored, strict=True))
-        caption = "Restoration step by step and the distance to good images, as RAN's figure 7."
-        figures["restoration"] = Picture(drawn, caption)
-    return figures
+def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dict[str, dict[str, dict]]]:
+    """What results.json says of the records, and the curves of each category and score type."""
+    # 1. Each score in each category, and their means
+    categories, score_types = sorted({r.category for r in found.records}), list(found.records[0].scores)
+    members = {name: [record for record in found.records if record.category == name] for name in categories}
+    jobs = [(name, category) for name in score_types for category in categories]
+    rows = share(jobs, lambda job: measure_category(members[job[1]], job[0]), "Measuring")
+    rows = dict(zip(jobs, rows, strict=True))
+    scores = {}
+    for name in score_types:
+        decisions = {}
+        if found.thresholds:
+
+            def decide(records: list[Record], name: str = name) -> list[dict[str, Any]]:
+                num_scores = min(found.thresholds[record.category]["num_scores"] for record in records)
+                return measure_decisions(records, name, false_alarm_rates(args), num_scores)
+
+            decisions = {"all": decide(found.records), "categories": {c: decide(members[c]) for c in categories}}
+        scores[name] = {
+            "mean": mean_metrics(rows[name, category]["metrics"] for category in categories),
+            "categories": {category: rows[name, category]["metrics"] for category in categories},
+            "defects": {category: rows[name, category]["defects"] for category in categories},
+            "decisions": decisions,
+        }
+    labels = [record.label for record in found.records]
+    results = {
+        "categories": categories,
+        "num_good": labels.count(0),
+        "num_anomalous": labels.count(1),
+        "seconds_per_image": float(np.mean([record.seconds for record in found.records])),
+        "thresholds": found.thresholds,
+        "scores": scores,
+    }
+    curves = {c: {n: rows[n, c]["curves"] for n in score_types if rows[n, c]["curves"]} for c in categories}
+
+    # 2. What was asked for beside them
+    if found.records[0].used_category is not None:
+        hits = [record.used_category == record.category for record in found.records]
+        results["category_accuracy"] = float(np.mean(hits))
+    if found.restorations:
+        fidelity = [restored["psnr"] for restored in found.restorations if "psnr" in restored]
+        results["restoration"] = {
+            "num_images": len(found.restorations),
+            "share_below_1_percent_threshold": float(np.mean([r["passed"] for r in found.restorations])),
+            "psnr_outside_mask_median_db": float(np.median(fidelity)),
+            "share_psnr_at_least_35_db": float(np.mean(np.array(fidelity) >= 35)),
+            "mean_steps": float(np.mean([r["steps"] for r in found.restorations])),
+        }
+    if found.paper_records:
+        members = {name: [r for r in found.paper_records if r.category == name] for name in categories}
+        jobs = [(alpha, category) for alpha in ALPHAS for category in categories]
+        rows = share(jobs, lambda job: alpha_sweep(members[job[1]], job[0]), "Sweeping alpha")
+        results["alpha_sweep"] = {
+            f"{alpha:g}": mean_metrics(row for job, row in zip(jobs, rows, strict=True) if job[0] == alpha)
+            for alpha in ALPHAS
+        }
+    return results, curves
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
-    device, folder, rates = args.device or state.device, Path(args.output_dir), sorted({*RATES, args.false_alarm_rate})
+    state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))  # accelerate launch allows each one only
-    if state.is_local_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))  # accelerate launch sets 1 for each
 
     # 1. Score: one model after another, each on its categories
-    dataset = load_data(args)
-    indices = evenly(len(dataset), args.max_test_samples)
-    categories = sorted({dataset.samples[i].category for i in indices})
-    models = {}
-    for category in categories:
-        models.setdefault(args.model.replace(CATEGORY, category), []).append(category)
-    records, paper_records, thresholds, restorations, restored = [], [], {}, [], []
-    for number, (model, own_categories) in enumerate(models.items()):
-        pipeline = RADPipeline.load(model).to(device)
-        members = [i for i in indices if dataset.samples[i].category in own_categories]
-        common = {"infer_category": args.infer_category, "batch_size": args.batch_size}
-        common |= {"num_noise_samples": args.num_noise_samples, "seed": args.seed, "folder": folder / "records"}
-        found = score_dataset(pipeline, dataset, members, map_size=args.map_size, mode=args.mode, **common)
-        records += found
-        bad = [record for record in found if record.label and record.has_mask]
-        if args.mode == "calibrated":
-            normality = pipeline.normality
-            own = {"num_scores": normality.config.num_scores}
-            for name in found[0].scores:
-                own[name] = {
-                    "image": {f"{rate:g}": normality.score_threshold(rate, name) for rate in rates},
-                    "pixel": {f"{rate:g}": normality.pixel_threshold(rate, name) for rate in rates},
-                }
-            thresholds |= dict.fromkeys(own_categories, own)
-        if args.restore:
-            chosen = [bad[i] for i in evenly(len(bad), args.restore)]
-            restorations += share(
-                chosen, lambda record, pipeline=pipeline: restore(args, pipeline, dataset, record), "Restoring"
-            )
-        if args.figures:
-            size = pipeline.config.resolution
-            paper_records += score_dataset(
-                pipeline, dataset, members, map_size=size, mode="paper", at_resolution=True, **common
-            )
-
-            def steps(record: Record, pipeline: RADPipeline = pipeline) -> tuple[list[Image.Image], np.ndarray]:
-                label = record.used_category
-                found = pipeline.restore(dataset[record.index].image, class_labels=label, seed=args.seed)
-                return found.intermediates[0], found.distances[0]
-
-            if number == 0 and pipeline.normality is not None:
-                restored = share([bad[i] for i in evenly(len(bad), 3)], steps, "Restoring")
+    dataset, models, found = load_data(args), {}, Found()
+    for i in evenly(len(dataset), args.max_test_samples):
+        models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
+    for model, indices in models.items():
+        score(args, RADPipeline.load(model).to(args.device or state.device), dataset, indices, found)
 
     # 2. Measure
-    by_category = {name: [record for record in records if record.category == name] for name in categories}
-    jobs = [(category, name) for name in records[0].scores for category in categories]
-    measured = share(jobs, lambda job: measure_category(by_category[job[0]], job[1]), "Measuring")
-    measured = dict(zip(jobs, measured, strict=True))
-    scores = {}
-    for name in records[0].scores:
-        rows = {category: measured[category, name] for category in categories}
-        decided = {}
-        if thresholds:
-            groups = {None: records} | by_category
-            for group, of in groups.items():
-                num_scores = min(thresholds[record.category]["num_scores"] for record in of)
-                decided[group] = measure_decisions(of, name, rates, num_scores)
-            decided = {"all": decided.pop(None), "categories": decided}
-        scores[name] = {
-            "mean": mean_metrics(row["metrics"] for row in rows.values()),
-            "categories": {category: row["metrics"] for category, row in rows.items()},
-            "defects": {category: row["defects"] for category, row in rows.items()},
-            "decisions": decided,
-        }
-    labels = np.array([record.label for record in records])
+    measured, curves = measure(args, found)
     results = {
         "data": Path(args.data_dir or args.dataset_name).name,
         "arguments": vars(args),
         "published": list(PUBLISHED)[args.unified] if args.unified or args.mode == "paper" else None,
         "versions": {"rad": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
-        "device": f"{device}, {state.num_processes} processes, {torch.get_num_threads()} threads",
-        "categories": categories,
-        "num_good": int((labels == 0).sum()),
-        "num_anomalous": int(labels.sum()),
-        "seconds_per_image": float(np.mean([record.seconds for record in records])),
-        "thresholds": thresholds,
-        "scores": scores,
+        "device": f"{args.device or state.device}, processes: {state.num_processes}, threads: {torch.get_num_threads()}",
+        **measured,
     }
-    if records[0].used_category is not None:
-        hits = [record.used_category == record.category for record in records]
-        results["category_accuracy"] = float(np.mean(hits))
-    if restorations:
-        fidelity = [found["psnr"] for found in restorations if "psnr" in found]
-        results["restoration"] = {
-            "num_images": len(restorations),
-            "share_below_1_percent_threshold": float(np.mean([found["passed"] for found in restorations])),
-            "psnr_outside_mask_median_db": float(np.median(fidelity)),
-            "share_psnr_at_least_35_db": float(np.mean(np.array(fidelity) >= 35)),
-            "mean_steps": float(np.mean([found["steps"] for found in restorations])),
-        }
-    if paper_records:
-        of = {name: [record for record in paper_records if record.category == name] for name in categories}
-        jobs = [(alpha, category) for alpha in ALPHAS for category in categories]
-        found = share(jobs, lambda job: alpha_sweep(of[job[1]], job[0]), "Sweeping alpha")
-        results["alpha_sweep"] = {
-            f"{alpha:g}": mean_metrics(row for (a, _), row in zip(jobs, found, strict=True) if a == alpha)
-            for alpha in ALPHAS
-        }
     if not state.is_main_process:
         return results
 
     # 3. Write
-    figures = draw_figures(dataset, records, paper_records, restored) if args.figures else {}
-    if paper_records:
-        rows = results["alpha_sweep"].values()
-        names = [name for name in ("image_auroc", "pixel_auroc", "aupro") if all(name in row for row in rows)]
-        drawn = sweep_figure(ALPHAS, {COLUMNS[name]: [row[name] for row in rows] for name in names})
-        figures["alpha_sweep"] = Picture(
-            drawn, "The weight of KL beside the feature error in paper mode, as RAN's figure 5."
-        )
+    figures = {}
+    if args.figures:
+        sweep = results["alpha_sweep"]
+        figures = draw_figures(dataset, found.records, found.paper_records, sweep, found.restored)
     for name, picture in figures.items():
         (folder / "figures").mkdir(exist_ok=True)
         picture.image.save(folder / "figures" / f"{name}.png")
-    sections = {
-        category: draw_category(
-            args,
-            dataset,
-            by_category[category],
-            {name: measured[category, name]["curves"] for name in scores if measured[category, name]["curves"]},
-            thresholds.get(category),
-        )
-        for category in tqdm(categories, "Drawing")
-    }
+    sections = {}
+    for category in tqdm(results["categories"], "Drawing"):
+        records = [record for record in found.records if record.category == category]
+        thresholds = found.thresholds.get(category)
+        sections[category] = draw_category(dataset, records, curves[category], thresholds, args.false_alarm_rate)
     write(folder / "results.json", json.dumps(results, indent=2))
     write(folder / "results.md", to_markdown(results))
     write(folder / "report.html", to_html(results, sections, figures.values()))

@@ -1,0 +1,334 @@
+"""Evaluation as a user runs it: however often interrupted and on several processes, and what the report says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import PartialState
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy.stats import binom
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from rad import RADPipeline, evaluation
+from rad.data import load_dataset
+from rad.data.synthetic import write_synthetic
+from rad.evaluation import alpha_sweep, measure_decisions, score_dataset
+from rad.metrics import aupro
+from training import evaluate
+
+ROOT = Path(__file__).parent.parent
+CATEGORIES = ("brick", "capsule")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Two categories; one defective image's name is an attack on the report, one has no mask."""
+    root = write_synthetic(
+        tmp_path_factory.mktemp("data") / "synthetic",
+        categories=CATEGORIES,
+        num_train=10,
+        num_test_good=3,
+        num_per_defect=1,
+        size=64,
+    )
+    defects = sorted(path.name for path in (root / "brick" / "test").iterdir() if path.name != "good")
+    folder, masks = root / "brick" / "test" / defects[0], root / "brick" / "ground_truth" / defects[0]
+    (folder / "000.png").rename(folder / "<script>alert(1)<∕script>|.png")
+    (masks / "000_mask.png").rename(masks / "<script>alert(1)<∕script>|_mask.png")
+    (root / "capsule" / "ground_truth" / defects[1] / "000_mask.png").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(two_category_pipeline, data_dir, tmp_path_factory):
+    """A pipeline of those categories, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    two_category_pipeline.save_pretrained(folder)
+    pipeline = RADPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    samples = load_dataset(data_dir).samples
+    pipeline.fit_normality(
+        [sample.image for sample in samples],
+        categories=[sample.category for sample in samples],
+        gaussian_channels=16,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flags(model, data_dir, output_dir, *more) -> list[str]:
+    common = ["--model", model, "--data_dir", data_dir, "--map_size", "32", "--output_dir", output_dir]
+    return [str(flag) for flag in (*common, *more)]
+
+
+def run(*args) -> dict:
+    """The script in this process."""
+    PartialState._reset_state()
+    return evaluate.main(evaluate.parse_args(flags(*args)))
+
+
+def records_of(folder) -> dict[str, dict[str, np.ndarray]]:
+    """All tensors of all records, by file name."""
+    return {path.name: load_file(path) for path in (folder / "records").iterdir()}
+
+
+def assert_same_results(first, second, but=()) -> None:
+    """results.json is the same but for times and the given entries."""
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (first, second))
+    for results in (first, second):
+        results["arguments"].pop("output_dir")
+        for name in ("seconds_per_image", *but):
+            results.pop(name)
+    assert first == second
+
+
+@pytest.fixture(scope="module")
+def whole(model, data_dir, tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(model, data_dir, folder)
+    return folder
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_maps_on_disk(whole, model, data_dir):
+    results, dataset = json.loads((whole / "results.json").read_text()), load_dataset(data_dir, split="test")
+    same = {"map_size": 32, "mode": "calibrated", "num_noise_samples": None, "seed": 0}
+    pipeline, indices = RADPipeline.from_pretrained(model), range(len(dataset))
+    stored = [load_file(r.path) for r in score_dataset(pipeline, dataset, indices, whole / "records", **same)]
+    of = [i for i, sample in enumerate(dataset.samples) if sample.category == "capsule"]
+    masks = {i: dataset.mask(i, (32, 32)) for i in of}
+    of = [i for i in of if masks[i] is not None]
+    truth = np.stack([masks[i] for i in of])
+    for name in ("fused", "pixel", "feature", "mahalanobis", "rgb"):
+        maps = np.stack([stored[i][name] for i in of]).astype(np.float32)
+        row = results["scores"][name]["categories"]["capsule"]
+        assert np.isclose(row["pixel_auroc"], roc_auc_score(truth.ravel(), maps.ravel()))
+        assert np.isclose(row["pixel_ap"], average_precision_score(truth.ravel(), maps.ravel()))
+        precision, recall, _ = precision_recall_curve(truth.ravel(), maps.ravel())
+        assert np.isclose(row["pixel_f1_max"], np.nanmax(2 * precision * recall / (precision + recall)))
+        assert np.isclose(row["aupro"], aupro(maps, truth), rtol=1e-9) and 0 < row["aupro_0.05"] < 1
+        rows = results["scores"][name]["categories"].values()
+        assert np.isclose(results["scores"][name]["mean"]["aupro"], np.mean([row["aupro"] for row in rows]))
+
+
+def test_scores_and_decisions_are_the_pipelines_own(whole, model, data_dir):
+    results, dataset = json.loads((whole / "results.json").read_text()), load_dataset(data_dir, split="test")
+    pipeline = RADPipeline.from_pretrained(model)
+    names = [sample.category for sample in dataset.samples]
+    output = pipeline([s.image for s in dataset.samples], class_labels=names, false_alarm_rate=0.1)
+    labels = np.array([sample.label for sample in dataset.samples])
+    for i, category in enumerate(CATEGORIES):
+        of = np.array(names) == category
+        auroc = roc_auc_score(labels[of], output.score[of])
+        assert np.isclose(results["scores"]["fused"]["categories"][category]["image_auroc"], auroc), i
+    row = results["scores"]["fused"]["decisions"]["all"][-1]
+    assert row["false_alarm_rate"] == 0.1 and row["num_good"] == 6
+    assert row["false_alarms"] == output.is_anomalous[labels == 0].sum()
+    assert row["found"] == output.is_anomalous[labels == 1].sum()
+    assert np.isclose(results["thresholds"]["brick"]["fused"]["image"]["0.1"], output.threshold)
+
+
+def test_kinds_of_defect_stand_beside_all_good_images(whole):
+    results = json.loads((whole / "results.json").read_text())
+    rows = results["scores"]["fused"]["defects"]["brick"]
+    assert len(rows) > 2 and all({"image_auroc", "pixel_ap", "aupro"} <= set(row) for row in rows.values())
+    without_mask = [row for row in results["scores"]["fused"]["defects"]["capsule"].values() if "aupro" not in row]
+    assert len(without_mask) == 1 and "image_auroc" in without_mask[0]
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes.append(dict(attributes))
+
+
+def test_the_report_stands_alone_and_escapes_names(whole):
+    text = (whole / "report.html").read_text()
+    page = Page(text)
+    assert "&lt;script&gt;alert(1)" in text and "script" not in page.tags
+    pictures = [a for tag, a in zip(page.tags, page.attributes, strict=True) if tag == "img"]
+    assert len(pictures) > 20 and all(a["src"].startswith("data:image/") and a["alt"] for a in pictures)
+    assert "link" not in page.tags and not any("href" in a for a in page.attributes) and "url(" not in text
+    assert len(text) < 3_000_000
+
+
+def test_names_can_not_break_a_markdown_table(whole):
+    from rad.report import Table
+
+    table = Table("a\n# b", "", ["name", "value"], [["<b>|\nx", "1"]])
+    assert table.to_markdown().splitlines()[0] == "## a # b"
+    assert table.to_markdown().splitlines()[-1] == "| &lt;b&gt;\\| x | 1 |"
+    assert "| fused | " in (whole / "results.md").read_text()
+
+
+# -- interruption, several processes ----------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed_gives_the_same(whole, model, data_dir, tmp_path, monkeypatch):
+    saved, save_file = [], evaluation.save_file
+
+    def failing(tensors, path, metadata):
+        if len(saved) == 7:
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+        saved.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(evaluation, "save_file", failing)
+    with pytest.raises(OSError, match="No space left"):
+        run(model, data_dir, tmp_path)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "records").glob("*.safetensors"))) == 7 and not (tmp_path / "results.json").exists()
+
+    run(model, data_dir, tmp_path)
+    first, second = records_of(tmp_path), records_of(whole)
+    assert first.keys() == second.keys()  # nothing half-written is left
+    assert all(np.array_equal(first[name][k], second[name][k]) for name in second for k in second[name])
+    assert_same_results(tmp_path, whole)
+
+
+def test_a_second_run_scores_nothing_and_other_settings_do_not_mix(whole, model, data_dir, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "results")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    run(model, data_dir, folder, "--batch_size", "3", "--category", "brick")
+    assert {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()} == before
+    run(model, data_dir, folder, "--category", "brick", "--seed", "1")
+    added = len(list((folder / "records").iterdir())) - len(before)
+    assert added == sum(s.category == "brick" for s in load_dataset(data_dir, split="test").samples)
+
+
+def test_a_record_depends_on_model_image_and_mask(two_category_pipeline, small_pipeline_without_normality, tmp_path):
+    def names(pipeline, pixels, mask, **settings):
+        item = {"image": Image.fromarray(pixels), "mask": mask, "category": "brick", "defect": "bad"}
+        dataset = evaluation.PastedDataset([item])
+        return score_dataset(pipeline, dataset, [0], tmp_path, map_size=16, **settings)[0].path.name
+
+    PartialState._reset_state()
+    pixels, mask = np.full((64, 64, 3), 100, np.uint8), np.eye(16, dtype=bool)
+    same = names(two_category_pipeline, pixels, mask)
+    assert names(two_category_pipeline, pixels.copy(), mask.copy()) == same
+    others = [
+        names(two_category_pipeline, pixels + 1, mask),
+        names(two_category_pipeline, pixels, ~mask),
+        names(two_category_pipeline, pixels, mask, infer_category=True),
+        names(two_category_pipeline, pixels, mask, mode="paper"),
+        names(small_pipeline_without_normality, pixels, mask, mode="paper"),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_a_damaged_record_is_named(whole, model, data_dir, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "results")
+    path = sorted((folder / "records").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(OSError, match=f"{path.name} is damaged .* delete it, and run again"):
+        run(model, data_dir, folder)
+
+
+def test_two_processes_do_what_one_does(whole, model, data_dir, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", "training/accelerate_configs/multi_cpu.yaml", "training/evaluate.py"]
+    result = subprocess.run(
+        launch + flags(model, data_dir, tmp_path, "--category", "brick"),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = records_of(tmp_path), records_of(whole)
+    assert len(first) == sum(s.category == "brick" for s in load_dataset(data_dir, split="test").samples)
+    for name, tensors in first.items():
+        assert all(np.allclose(tensors[key], second[name][key], atol=0.02) for key in tensors), name
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, whole))
+    assert "processes: 2" in first["device"]
+    for name, score in first["scores"].items():
+        row, alone = score["categories"]["brick"], second["scores"][name]["categories"]["brick"]
+        assert row.keys() == alone.keys() and all(np.isclose(row[key], alone[key], atol=2e-3) for key in row)
+
+
+# -- the paper --------------------------------------------------------------------------------------------------------
+
+
+def test_the_alpha_sweep_meets_the_pipelines_own_fused_score(two_category_pipeline, data_dir, tmp_path):
+    PartialState._reset_state()
+    dataset = load_dataset(data_dir, split="test", categories=["brick"])
+    indices = range(len(dataset))
+    records = score_dataset(
+        two_category_pipeline, dataset, indices, tmp_path, map_size=64, mode="paper", at_resolution=True
+    )
+    output = two_category_pipeline(
+        [s.image for s in dataset.samples], class_labels=[s.category for s in dataset.samples], mode="paper"
+    )
+    fused = np.stack([0.5 * r.map("pixel") + 0.5 * r.map("feature") for r in records])
+    assert np.allclose(fused, output.anomaly_map, rtol=2e-3, atol=2e-3)
+    own = roc_auc_score([s.label for s in dataset.samples], output.score)
+    masks = np.stack([dataset.mask(i, (64, 64)) for i in indices])
+    found = alpha_sweep(records, 0.5)
+    assert np.isclose(found["image_auroc"], own)
+    assert np.isclose(found["aupro"], aupro(output.anomaly_map, masks), atol=1e-3)
+    assert np.isclose(
+        alpha_sweep(records, 1.0)["pixel_auroc"], roc_auc_score(masks.ravel(), output.pixel_map.ravel()), atol=1e-3
+    )
+
+
+def test_figures_and_the_papers_table(model, data_dir, tmp_path, capsys):
+    results = run(model, data_dir, tmp_path, "--mode", "paper", "--figures", "--category", "brick")
+    assert list(results["alpha_sweep"]) == [f"{alpha:g}" for alpha in np.arange(11) / 10]
+    for name in ("methods", "kl_and_fused", "alpha_sweep", "restoration"):
+        assert Image.open(tmp_path / "figures" / f"{name}.png").width > 400
+    told = capsys.readouterr().out
+    assert "| RAN | 96.7 | 93.7 | published, MVTec-AD |" in told
+    assert "can not be compared" in told and "this run, OTHER DATA" in told
+    mean = results["scores"]["fused"]["mean"]
+    assert f"| {100 * mean['pixel_auroc']:.1f} | {100 * mean['aupro']:.1f} | this run" in told
+
+
+def test_a_model_for_each_category(model, data_dir, tmp_path):
+    for category in CATEGORIES:
+        (tmp_path / f"model-{category}").symlink_to(model)
+    results = run(tmp_path / "model-{category}", data_dir, tmp_path / "results", "--max_test_samples", "8")
+    assert list(results["thresholds"]) == list(CATEGORIES)
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(flags(tmp_path / "model-{category}", data_dir, tmp_path, "--unified"))
+
+
+# -- details ----------------------------------------------------------------------------------------------------------
+
+
+def test_defects_pasted_on_training_images(model, data_dir, tmp_path):
+    results = run(model, data_dir, tmp_path, "--pasted_defects", "4", "--category", "brick", "--restore", "1")
+    assert results["num_good"] == results["num_anomalous"] == 4
+    assert results["restoration"]["num_images"] == 1 and 0 < results["restoration"]["psnr_outside_mask_median_db"]
+
+
+def test_intervals_of_decisions():
+    def records(p_values, defect):
+        return [evaluation.Record(Path(), 0, "a", defect, {}, {"fused": p}, "a", True, 0.0) for p in p_values]
+
+    p_values = (np.arange(200) + 0.5) / 200  # uniform, as p-values of good images are
+    rows = measure_decisions(records(p_values, "good") + records([1e-3, 0.5], "hole"), "fused", (0.05, 0.1), 30)
+    for row, rate in zip(rows, (0.05, 0.1), strict=True):
+        assert row["false_alarms"] == round(200 * rate) and row["inside"] and row["found"] == 1
+        low, high = row["interval"]
+        assert binom.cdf(high, 200, rate) - binom.cdf(low - 1, 200, rate) >= 0.95
+        assert row["interval_few"][0] < low and row["interval_few"][1] > high
+    flat = measure_decisions(records(p_values / 2, "good"), "fused", (0.1,), 30)[0]
+    assert flat["false_alarms"] == 40 and not flat["inside"]
