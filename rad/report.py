@@ -26,6 +26,7 @@ from .visualization import (
 )
 
 NUM_PICTURED = 4  # of each sort in a category
+LEGEND = "The image, and its map as heat: the truth dashed in white, the mask found in cyan."
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -232,7 +233,10 @@ def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]
         for heading, pictures in groups.items():
             inside.append(f"<h3>{escape(heading)}</h3>")
             gallery = "".join(picture.to_html() for picture in pictures)
-            inside.append(f"<div class=gallery>{gallery}</div>")
+            if pictures[0].lossless:
+                inside.append(f"<div class='gallery plots'>{gallery}</div>")
+            else:
+                inside.append(f"<p>{LEGEND}</p><div class=gallery>{gallery}</div>")
         is_open = " open" if number == 0 else ""
         parts.append(f"<details{is_open}><summary>{escape(category)}</summary>{''.join(inside)}</details>")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -337,20 +341,16 @@ def draw_figures(
         columns |= {name: [record.map(name) for record in shown] for name in names}
         drawn = maps_figure(pictures, columns)
         figures["methods"] = Picture(drawn, "Score types side by side, as RAN's figure 1.", lossless=False)
-        names = [
-            name for name in ("image_auroc", "pixel_auroc", "aupro") if all(name in row for row in sweep.values())
-        ]
-        drawn = sweep_figure(
-            [float(alpha) for alpha in sweep], {COLUMNS[n]: [r[n] for r in sweep.values()] for n in names}
-        )
+        names = [name for name in ("image_auroc", "pixel_auroc", "aupro") if name in sweep["0"]]
+        lines = {COLUMNS[name]: [row[name] for row in sweep.values()] for name in names}
+        drawn = sweep_figure([float(alpha) for alpha in sweep], lines)
         figures["alpha_sweep"] = Picture(drawn, "The weight of KL in paper mode, as RAN's figure 5.")
         paper = [in_paper_mode[record.index] for record in shown]
         columns = {"truth": [record.mask() for record in paper]}
         columns |= {name: [record.map(name) for record in paper] for name in ("pixel", "feature", "fused")}
         drawn = maps_figure(pictures, columns)
-        figures["kl_and_fused"] = Picture(
-            drawn, "KL, feature error and their fusion in paper mode, as RAN's figure 6."
-        )
+        caption = "KL, feature error and their fusion in paper mode, as RAN's figure 6."
+        figures["kl_and_fused"] = Picture(drawn, caption, lossless=False)
     if restored:
         drawn = restoration_figure(*zip(*restored, strict=True))
         caption = "Restoration step by step and the distance to good images, as RAN's figure 7."
@@ -382,7 +382,8 @@ tbody tr:hover { background: var(--soft); }
 figure { margin: .6em 0; }
 img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; display: block; }
 figcaption { font-size: .85rem; margin: .3em 0; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 14px; }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .gallery figure { margin: 0; min-width: 0; }
 details { border: 1px solid var(--line); border-radius: 8px; padding: .6em 1em; margin: 1.5em 0; }
 summary { font-size: 1.25rem; font-weight: 700; cursor: pointer; }

@@ -172,9 +172,7 @@ def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None,
     if threshold is not None:
         axis.axvline(threshold, color="black", linestyle="--", label=f"threshold, {rate:.2g} false alarms")
     beyond = int((both > bins[-1]).sum())
-    axis.set(
-        xlabel="image score" + f" ({beyond} beyond the right edge are in the last bar)" * bool(beyond), ylabel="images"
-    )
+    axis.set(xlabel=f"image score ({beyond} beyond are in the last bar)" if beyond else "image score", ylabel="images")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return _render(figure)
 

@@ -307,13 +307,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     # 2. Measure
     measured, curves = measure(args, found)
+    threads = f"processes: {state.num_processes}, threads: {torch.get_num_threads()}"
     results = {
         "data": Path(args.data_dir or args.dataset_name).name,
         "arguments": vars(args),
         "published": list(PUBLISHED)[args.unified] if args.unified or args.mode == "paper" else None,
         "versions": {"rad": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
-        "device": f"{args.device or state.device}, processes: {state.num_processes}, threads: {torch.get_num_threads()}",
+        "device": f"{args.device or state.device}, {threads}",
         **measured,
     }
     if not state.is_main_process:
