@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Times side by side, in one run: layouts of the U-Net, the training loop against a plain one in RAN's manner, and
-pixel metrics against a plain loop.
+pixel metrics against a plain loop; and the work of each network, from which the cost of the paper's tables follows.
 
     python training/benchmark.py layouts
     python training/benchmark.py loop
     python training/benchmark.py metrics
+    python training/benchmark.py flops
 
 A step is forward, losses, backward and update. Each figure is the median over rounds in which all candidates take
 turns, so that a busy machine slows all of them alike; ratios are to the first row.
@@ -24,6 +25,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, label
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from train import compute_losses
 
@@ -32,6 +34,7 @@ from rad.data import AnomalyDataset, Sample
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
 from rad.data.synthetic import render
 from rad.metrics import pixel_metrics
+from rad.models.unet_rad import NAMED_CONFIGS
 from rad.pipeline_rad import EMBEDDED_DIR
 
 LAYOUTS = {  # with about the parameters of "small", the first
@@ -51,9 +54,11 @@ RESOLUTION, CROP_SIZE, BATCH_SIZE = 256, 128, 8
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layouts", "loop", "metrics"))
+    parser.add_argument("what", choices=("layouts", "loop", "metrics", "flops"))
     parser.add_argument("--rounds", type=int, default=5, help="Each candidate is timed this often.")
     parser.add_argument("--compile", action="store_true", help="layouts: also torch.compile, minutes to start with.")
+    parser.add_argument("--tflops", type=float, default=312.0, help="flops: peak of the GPU (A100, bf16: 312).")
+    parser.add_argument("--utilisation", type=float, default=0.3, help="flops: share of it that is reached.")
     return parser.parse_args(argv)
 
 
@@ -221,6 +226,28 @@ def time_metrics(args: argparse.Namespace) -> None:
         print(f"| {name} | {value:.3f} | {first / value * maps.size / small[0].size:,.0f} x |")
 
 
+def estimate_cost(args: argparse.Namespace) -> None:
+    """Floating-point operations of a forward pass (a multiplication and an addition count as two), counted on no
+    data, and hours for RAN's tables on a GPU that is assumed, not measured."""
+    gflop_an_hour = args.tflops * args.utilisation * 1000 * 3600
+    print(f"Estimates, not measurements: a GPU of {args.tflops:g} TFLOP/s used to {args.utilisation:.0%}.")
+    print(
+        "| network | M parameters | GFLOP a pass, 256 x 256 | RAN's training, 10,000 steps of 2, h | 1725 images, h |"
+    )
+    print("|---|---|---|---|---|")
+    for name in NAMED_CONFIGS:
+        with torch.device("meta"):
+            unet = RADUNet2DModel.from_named_config(name)
+            with FlopCounterMode(display=False) as counter:
+                unet(torch.empty(1, 3, 256, 256), torch.empty(1, dtype=torch.long))
+        gflop = counter.get_total_flops() / 1e9
+        parameters = sum(p.numel() for p in unet.parameters()) / 1e6
+        training = 10_000 * 2 * 3 * gflop / gflop_an_hour  # a backward pass is as much as two forward passes
+        scoring = 1725 * 3 * gflop / gflop_an_hour  # three timesteps
+        print(f"| {name} | {parameters:.1f} | {gflop:.0f} | {training:.2f} | {scoring:.3f} |")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    {"layouts": time_layouts, "loop": time_loops, "metrics": time_metrics}[arguments.what](arguments)
+    candidates = {"layouts": time_layouts, "loop": time_loops, "metrics": time_metrics, "flops": estimate_cost}
+    candidates[arguments.what](arguments)
