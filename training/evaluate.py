@@ -116,7 +116,7 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
             label_column=args.label_column,
             category_column=args.category_column,
             categories=args.category,
-            only_good=False,
+            good_only=False,
         )
     split = "train" if args.pasted_defects else "test"
     dataset = load_dataset(args.data_dir, args.dataset_format, split, args.category)
