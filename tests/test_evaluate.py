@@ -320,6 +320,34 @@ def test_defects_pasted_on_training_images(model, data_dir, tmp_path):
     assert results["restoration"]["num_images"] == 1 and 0 < results["restoration"]["psnr_outside_mask_median_db"]
 
 
+def test_a_data_set_of_the_hub(whole, model, data_dir, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    tree = load_dataset(data_dir, split="test", categories=["brick"])
+    kinds = sorted({sample.defect for sample in tree.samples}, key=lambda kind: (kind != "good", kind))
+    columns = {
+        "photo": [{"bytes": sample.image.read_bytes(), "path": None} for sample in tree.samples],
+        "truth": [s.mask and {"bytes": s.mask.read_bytes(), "path": None} for s in tree.samples],
+        "kind": [kinds.index(sample.defect) for sample in tree.samples],
+        "part": ["brick"] * len(tree),
+    }
+    features = datasets.Features(
+        photo=datasets.Image(),
+        truth=datasets.Image(),
+        kind=datasets.ClassLabel(names=kinds),
+        part=datasets.Value("string"),
+    )
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows" / "test.parquet")
+    of = ["--dataset_name", tmp_path / "rows", "--image_column", "photo", "--mask_column", "truth"]
+    of += ["--label_column", "kind", "--category_column", "part", "--map_size", "32"]
+    PartialState._reset_state()
+    flags = ["--model", model, *of, "--output_dir", tmp_path / "results"]
+    results = evaluate.main(evaluate.parse_args([str(flag) for flag in flags]))
+    alone = json.loads((whole / "results.json").read_text())["scores"]["fused"]
+    assert results["scores"]["fused"]["categories"]["brick"] == alone["categories"]["brick"]
+    assert results["scores"]["fused"]["defects"]["brick"] == alone["defects"]["brick"]
+
+
 def test_intervals_of_decisions():
     def records(p_values, defect):
         return [evaluation.Record(Path(), 0, "a", defect, {}, {"fused": p}, "a", True, 0.0) for p in p_values]

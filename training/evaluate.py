@@ -99,6 +99,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.unified and CATEGORY in args.model:
         parser.error(f"--unified measures one model for all categories, but --model has {CATEGORY} in it.")
+    if args.dataset_name and not args.label_column:
+        parser.error("--dataset_name needs --label_column, the column that tells good images from others.")
+    if args.dataset_name and args.pasted_defects:
+        parser.error("--pasted_defects takes the training images of --data_dir, not of --dataset_name.")
     if not 0 < args.false_alarm_rate < 1:
         parser.error(f"--false_alarm_rate must lie between 0 and 1, got {args.false_alarm_rate}.")
     return args
