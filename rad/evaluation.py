@@ -252,7 +252,7 @@ def score_dataset(
 
     Args:
         indices: Of the images to score.
-        folder: Of the files; created if need be.
+        folder: Of the files, the same for all processes; created if need be.
         map_size: Maps and masks are kept at this square.
         infer_category: Let the pipeline guess each category.
         at_resolution: Resize images to the pipeline's resolution first, so that maps of that size are not resized.
