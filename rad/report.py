@@ -220,11 +220,9 @@ def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]
         figures: The paper's.
     """
     parts = [table.to_html() for table in summary_tables(results)]
-    figures = [picture.to_html() for picture in figures]
-    if figures:
-        parts.append(
-            "<h2>Figures as the paper's</h2>" + "".join(f"<div class=wide>{figure}</div>" for figure in figures)
-        )
+    shown = [p.to_html() if p.lossless else f"<div class=wide>{p.to_html()}</div>" for p in figures]
+    if shown:
+        parts.append("<h2>Figures as the paper's</h2>" + "".join(shown))
     for number, (category, groups) in enumerate(sections.items()):
         inside = [defects_table(results, category).to_html(3)]
         decisions = results["scores"]["fused"]["decisions"].get("categories", {}).get(category)

@@ -170,7 +170,7 @@ def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None,
             scores.clip(bins[0], bins[-1]), bins, color=color, alpha=0.6, hatch=hatch, edgecolor="white", label=label
         )
     if threshold is not None:
-        axis.axvline(threshold, color="black", linestyle="--", label=f"threshold, {rate:.2g} false alarms")
+        axis.axvline(threshold, color="black", linestyle="--", label=f"threshold, false-alarm rate {rate:.2g}")
     beyond = int((both > bins[-1]).sum())
     axis.set(xlabel=f"image score ({beyond} beyond are in the last bar)" if beyond else "image score", ylabel="images")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
