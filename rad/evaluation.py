@@ -31,6 +31,7 @@ from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
 from .image_processor import RADImageProcessor
 from .metrics import image_auroc, image_metrics, pixel_curves, pixel_metrics
+from .models.normality import GLOBAL
 from .pipeline_rad import RADPipeline, RADPipelineOutput
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -113,7 +114,8 @@ def score_images(
         )
         for name, resized in resize_maps(output, map_size).items():
             maps.setdefault(name, []).append(resized)
-            scores.setdefault(name, []).append(output.scores[name])
+        for name, values in output.scores.items():
+            scores.setdefault(name, []).append(values)
         if output.is_anomalous is not None:
             alarms.append(output.is_anomalous)
             categories += output.category
@@ -128,7 +130,7 @@ def score_images(
 def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
     """The maps of each score type as float32 [B, size, size]; the pipeline's are at each image's own size."""
     maps = {}
-    for name in output.scores:
+    for name in output.scores.keys() - {GLOBAL}:
         own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
         resized = [
             F.interpolate(torch.from_numpy(m)[None, None], (size, size), mode="bilinear", antialias=True)
@@ -150,7 +152,7 @@ def measure_categories(images: list[dict], found: dict) -> dict[str, dict[str, d
     """Metrics of each score for each category, and their means over categories as "mean"."""
     names = sorted({item["category"] for item in images})
     results = {}
-    for score_type in found["scores"]:
+    for score_type in found["maps"]:
         rows = {}
         for name in names:
             members = [i for i, item in enumerate(images) if item["category"] == name]
@@ -355,6 +357,7 @@ def _read_record(path: Path, index: int, sample: Sample) -> Record:
 def measure_records(records: Sequence[Record], score_type: str, pixels: bool = True) -> dict[str, float]:
     """`image_metrics`, where there are good and bad images, and `pixel_metrics`, where masks are known."""
     scores = [record.scores[score_type] for record in records]
+    pixels = pixels and score_type != GLOBAL
     return _measure(records, scores, (lambda record: record.map(score_type)) if pixels else None)
 
 
@@ -369,9 +372,9 @@ def _measure(records: Sequence[Record], scores: list[float], read: Callable[[Rec
 
 
 def curves_of_records(records: Sequence[Record], score_type: str) -> dict[str, np.ndarray] | None:
-    """`pixel_curves`; None where no masks are known."""
+    """`pixel_curves`; None where no masks are known, and for the global score."""
     masked = [record for record in records if record.has_mask]
-    if not any(record.label for record in masked):
+    if score_type == GLOBAL or not any(record.label for record in masked):
         return None
     maps = Lazy(lambda record: record.map(score_type), masked)
     return pixel_curves(maps, Lazy(Record.mask, masked), num_points=300)

@@ -28,7 +28,7 @@ from .image_processor import PipelineImageInput, RADImageProcessor
 from .model_card import create_model_card
 from .models.discriminator import RADDiscriminator
 from .models.feature_extractor import RADFeatureExtractor
-from .models.normality import NormalityModel, stack_raw_maps
+from .models.normality import GLOBAL, NormalityModel, stack_raw_maps
 from .models.unet_rad import RADUNet2DModel
 from .scheduler_rad import RADScheduler
 
@@ -393,7 +393,7 @@ class RADPipeline(DiffusionPipeline):
                     distance = self.normality.global_distance(summaries, chunk_labels)
                     scores = {
                         name: self.normality.image_scores(maps, chunk_labels, name, distance)
-                        for name in (*maps, "global")
+                        for name in (*maps, GLOBAL)
                     }
                 resized = {name: self.image_processor.resize_map(m, chunk_sizes) for name, m in maps.items()}
                 chunks.append((resized, {name: s.float().cpu() for name, s in scores.items()}))
@@ -490,7 +490,7 @@ class RADPipeline(DiffusionPipeline):
         self,
         images: PipelineImageInput,
         categories: list[str] | None = None,
-        num_steps: int = 1500,
+        num_steps: int = 3000,
         batch_size: int = 8,
         learning_rate: float = 1e-3,
         seed: int = 0,

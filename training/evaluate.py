@@ -42,6 +42,7 @@ from rad.evaluation import (
     score_dataset,
 )
 from rad.metrics import psnr
+from rad.models.normality import GLOBAL
 from rad.pipeline_rad import EMBEDDED_MODELS
 from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
 
@@ -213,9 +214,12 @@ def score(
     if args.mode == "calibrated":
         thresholds = {"num_scores": normality.config.num_scores}
         for name in records[0].scores:
+            of = {"image": normality.score_threshold} | (
+                {} if name == GLOBAL else {"pixel": normality.pixel_threshold}
+            )
             thresholds[name] = {
-                "image": {f"{rate:g}": normality.score_threshold(rate, name) for rate in false_alarm_rates(args)},
-                "pixel": {f"{rate:g}": normality.pixel_threshold(rate, name) for rate in false_alarm_rates(args)},
+                kind: {f"{rate:g}": threshold(rate, name) for rate in false_alarm_rates(args)}
+                for kind, threshold in of.items()
             }
         found.thresholds |= dict.fromkeys(sorted({record.category for record in records}), thresholds)
     if args.restore:

@@ -136,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--discriminator_steps",
         type=int,
-        default=1500,
+        default=3000,
         help="Of training the discriminator on artificial defects; 0 leaves out its score.",
     )
     add("--map_weights", type=float, nargs=5, help="KL, feature error, residual, Mahalanobis, discriminator: map.")

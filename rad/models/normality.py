@@ -13,6 +13,7 @@ from sklearn.covariance import ledoit_wolf
 
 SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator")
 FUSED = ("pixel", "feature", "residual", "mahalanobis", "discriminator")
+GLOBAL = "global"  # the score of an image as a whole, which has no map
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
 NUM_FOLDS = 5
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
@@ -63,8 +64,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
         gaussian_channels: int = 140,
         gaussian_block: int = 1,
         map_size: int = 64,
-        weights: tuple[float, ...] = (0.3, 0.6, 0.25, 0.25, 3.0),
-        image_weights: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5, 0.0, 1.0),
+        weights: tuple[float, ...] = (1.0, 1.0, 0.0, 0.75, 1.5),
+        image_weights: tuple[float, ...] = (0.0, 0.0, 0.1, 0.9, 0.0, 1.2),
         context: float = 0.0,
         top_k: int = 64,
         num_scores: int = 1,
@@ -72,7 +73,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         discriminator: bool = False,
     ):
         super().__init__()
-        for name, given, of in (("weights", weights, FUSED), ("image_weights", image_weights, (*FUSED, "global"))):
+        for name, given, of in (("weights", weights, FUSED), ("image_weights", image_weights, (*FUSED, GLOBAL))):
             if len(given) != len(of):
                 raise ValueError(f"{name} must be {len(of)} numbers, those of {', '.join(of)}, got {given}.")
         num_categories, num_maps, channels = len(categories), 3 * len(timesteps) + 2 + discriminator, gaussian_channels
@@ -190,7 +191,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         if global_distance is not None:
             location, scale = self.score_location[labels, -1].float(), self.score_scale[labels, -1].float()
             outlying = (global_distance - location) / scale
-        if score_type == "global":
+        if score_type == GLOBAL:
             return outlying
         column = SCORE_TYPES.index(score_type)
         location, scale = self.score_location[labels, column].float(), self.score_scale[labels, column].float()
@@ -244,7 +245,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
 
     def _tail(self, score_type: str) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
         """Good images' scores (float64, ascending), where their tail starts, its rate and its mean excess."""
-        good = self.good_scores[-1 if score_type == "global" else SCORE_TYPES.index(score_type)].double().cpu()
+        good = self.good_scores[-1 if score_type == GLOBAL else SCORE_TYPES.index(score_type)].double().cpu()
         size = max(1, len(good) // 10)
         start = good[-size - 1] if len(good) > 1 else good[0]
         mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
