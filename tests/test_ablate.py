@@ -1,0 +1,247 @@
+"""Ablations from end to end on a tiny data set, against what the pipeline itself gives."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import new_pipeline
+from PIL import Image
+
+from rad import RADPipeline
+from rad.data import AnomalyDataset, load_dataset
+from rad.data.synthetic import write_synthetic
+from rad.evaluation import measure_categories, pasted_defects, score_images, test_images
+from rad.models.normality import stack_raw_maps
+
+sys.path.append(str(Path(__file__).parent.parent / "training"))  # it imports its neighbour, as a script does
+
+import ablate
+from train import split_holdout
+
+CATEGORIES = ("brick", "capsule")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set and a pipeline that was fitted to it as training does."""
+    root = tmp_path_factory.mktemp("ablate")
+    write_synthetic(root / "data", CATEGORIES, num_train=20, num_test_good=3, num_per_defect=1, size=SIZE)
+    dataset = load_dataset(root / "data", "mvtec", "train")
+    train, holdout = split_holdout(dataset, list(range(len(dataset))), 0.2, 0)
+    images, names = zip(*((sample.image, sample.category) for sample in dataset.samples), strict=True)
+    pipeline = new_pipeline(CATEGORIES, [images[i] for i in train[:4]])
+    pipeline.fit_normality(
+        [images[i] for i in train],
+        holdout_images=[images[i] for i in holdout],
+        categories=[names[i] for i in train],
+        holdout_categories=[names[i] for i in holdout],
+        gaussian_channels=16,
+    )
+    pipeline.save_pretrained(root / "model")
+    return root
+
+
+def run(folder, output_dir, *flags):
+    """The script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    given = ["--model", folder / "model", "--data_dir", folder / "data", "--output_dir", folder / output_dir]
+    given += ["--timesteps", 20, 100, "--max_draws", 4, "--num_seeds", 2, "--map_size", SIZE]
+    return ablate.main(ablate.parse_args([str(flag) for flag in (*given, *flags)]))
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return run(folder, "output")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder, results):
+    pipeline = RADPipeline.from_pretrained(folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def test_set(folder):
+    return test_images(load_dataset(folder / "data", "mvtec", "test"), (SIZE, SIZE))
+
+
+def raw_maps(folder, name, images, output_dir="output"):
+    """What the run stored of one of its sets."""
+    (stored,) = (folder / output_dir / "raw").iterdir()
+    labels = [CATEGORIES.index(item["category"]) for item in images]
+    return ablate.RawMaps(images, stored / name, labels, list(range(len(images))))
+
+
+def row_of(rows, *values):
+    (row,) = [row for row in rows if all(value in row.values() for value in values)]
+    return row
+
+
+def assert_same(row, expected):
+    for name in expected:
+        assert row[name] == pytest.approx(expected[name], abs=5e-3), name  # raw maps are stored in half precision
+
+
+def test_each_ablation_has_a_table_and_a_figure(folder, results):
+    output_dir = folder / "output"
+    content = json.loads((output_dir / "ablations.json").read_text())
+    assert content["ablations"] == json.loads(json.dumps(results)) and list(results) == list(ablate.ABLATIONS)
+    sections = (output_dir / "ablations.md").read_text().split("\n## ")[1:]
+    for section, (name, rows) in zip(sections, results.items(), strict=True):
+        cells = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
+        assert len(cells) == 2 + len(rows) and len({len(row) for row in cells}) == 1
+        assert sum("**" in line for line in section.splitlines()) == sum(row["default"] for row in rows)
+        for row in rows:
+            metrics = ["image_auroc"] if name == "image_score" else ablate.METRICS
+            assert all(0 <= row[part][metric] <= 1 for part in ablate.SETS for metric in metrics)
+        with Image.open(output_dir / f"{name}.png") as picture:
+            assert picture.width > 500
+    assert [row["timestep of 1000"] for row in results["timesteps"]][:6] == [
+        "20",
+        "100",
+        "201",
+        "401",
+        "20 + 201 + 401",
+        "all",
+    ]
+
+
+def test_on_test_images_scores_are_the_pipelines(pipeline, test_set, results):
+    expected = measure_categories(test_set, score_images(pipeline, test_set, SIZE))
+    for name, rows in expected.items():
+        assert_same(row_of(results["score"], ablate.TITLES[name])["test"], rows["mean"])
+
+
+def test_on_pasted_defects_scores_are_those_of_a_pipeline_that_saw_the_other_half(folder, results):
+    dataset = load_dataset(folder / "data", "mvtec", "train")
+    pipeline = RADPipeline.from_pretrained(folder / "model")
+    args = ablate.parse_args(["--data_dir", "none", "--output_dir", "none"])
+    train, statistics, others = ablate.split_good(args, dataset, num_scores=8)
+    assert len(statistics) == len(others) == 4 and len({*train, *statistics, *others}) == len(dataset)
+    fitted, scored = ([dataset.samples[i].image for i in part] for part in (train, statistics))
+    names, scored_names = ([dataset.samples[i].category for i in part] for part in (train, statistics))
+    pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16)
+    images = pasted_defects(AnomalyDataset([dataset.samples[i] for i in others]), 4, (SIZE, SIZE))
+    expected = measure_categories(images, score_images(pipeline, images, SIZE))
+    for name, rows in expected.items():
+        assert_same(row_of(results["score"], ablate.TITLES[name])["pasted"], rows["mean"])
+
+
+@pytest.mark.parametrize("part", ablate.SETS)
+def test_every_table_has_the_same_default(results, part):
+    score = {title: row_of(results["score"], title)[part] for title in ("KL", "feature error", "fused")}
+    for name in ("timesteps", "normalisation", "draws"):
+        for row in results[name]:
+            if row["default"]:
+                found = row[part]["seeds"][0] if name == "draws" else row[part]
+                assert_same(found, {metric: score[row["score"]][metric] for metric in ablate.METRICS})
+    (row,) = [row for row in results["whitening"] if row["default"]]
+    assert_same(row[part], {metric: score["feature error"][metric] for metric in ablate.METRICS})
+    (row,) = [row for row in results["image_score"] if row["default"]]
+    assert_same(row[part], {"image_auroc": score["fused"]["image_auroc"]})
+
+
+def test_half_of_each_is_the_paper_to_the_letter(folder, pipeline, test_set, results):
+    found = score_images(pipeline, test_set, SIZE, mode="paper")
+    expected = measure_categories(test_set, found)["fused"]["mean"]
+    assert_same(row_of(results["alpha"], "each image (RAN)", "0.5")["test"], expected)
+    x = ablate.Evaluation(raw_maps(folder, "test", test_set), None, None, None, pipeline.normality, [])
+    rows = {setting: variants for setting, _, variants in ablate.ablate_alpha(x)}
+    ((_, scores),) = rows["each image (RAN)", "0.5"]
+    assert scores.numpy() == pytest.approx(found["scores"]["fused"], rel=2e-3)
+
+
+def test_draws_are_the_pipelines(folder, pipeline, test_set):
+    stored = raw_maps(folder, "test-draws", test_set)
+    x_0, _ = pipeline.image_processor.preprocess([item["image"] for item in test_set[:4]])
+    with torch.no_grad():
+        features, _ = pipeline._features(x_0)
+        labels = pipeline._unet_labels(stored.labels[:4])
+        for draws in (1, 2):
+            kl, error, rgb, residuals = pipeline.raw_scores(x_0, features, labels, [20, 201, 401], draws)
+            distance = pipeline.normality.distance(residuals, stored.labels[:4], "residual")
+            expected = stack_raw_maps(kl, error, rgb, 16, distance)
+            torch.testing.assert_close(stored.load(f"{draws}-0")[:4, :10], expected, rtol=1e-3, atol=1e-3)
+        # Four draws are two seeds' pairs; a second seed shares no noise with the first
+        pairs = [pipeline.raw_scores(x_0, features, labels, [20, 201, 401], 2, seed) for seed in (2, 3)]
+        kl, error, rgb = (torch.stack(parts).mean(0) for parts in list(zip(*pairs, strict=True))[:3])
+        expected = stack_raw_maps(kl, error, rgb, 16)
+        torch.testing.assert_close(stored.load("4-1")[:4, :9], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_averaging_draws_makes_scores_vary_less(results):
+    rows = [row["test"]["score_std"] for row in results["draws"] if row["score"] == "KL"]
+    assert rows[0] > rows[-1] > 0
+
+
+def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    images, asked = [{"number": float(i), "category": "brick"} for i in range(5)], []
+
+    def compute(batch):
+        asked.append([item["number"] for item in batch])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"maps": torch.tensor(asked[-1])}
+
+    given = (Accelerator(cpu=True), tmp_path / "maps", images, ["brick"], 2, compute)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.store(*given)
+    stored = ablate.store(*given)
+    assert asked == [[0, 1], [2, 3], [4], [4]]
+    assert stored.load("maps").tolist() == [0, 1, 2, 3, 4] and stored.pick([3, 1]).load("maps").tolist() == [3, 1]
+
+
+def test_raw_maps_of_other_weights_or_settings_are_not_taken(folder):
+    pipeline = RADPipeline.from_pretrained(folder / "model")
+    before = ablate.fingerprint(pipeline, [1])
+    assert ablate.fingerprint(pipeline, [1]) == before != ablate.fingerprint(pipeline, [2])
+    pipeline.normality.location[0, 0, 0, 0] += 1
+    assert ablate.fingerprint(pipeline, [1]) != before
+
+
+def test_tables_go_into_a_page(tmp_path, results):
+    rows = results["score"]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- mine score -->\nold\n<!-- end -->\nafter\n<!-- mine alpha -->\n<!-- end -->\n")
+    args = ablate.parse_args(
+        ["--data_dir", "none", "--output_dir", str(tmp_path / "figures" / "mine"), "--page", str(page)]
+    )
+    (tmp_path / "figures" / "mine").mkdir(parents=True)
+    facts = ("num_test", "num_pasted", "num_good", "num_test_draws", "num_pasted_draws", "map_size")
+    ablate.report(args, {"model": "mine", **dict.fromkeys(facts, 2)}, {"score": rows})
+    table = ablate.to_markdown(ablate.ABLATIONS["score"], rows)
+    assert page.read_text() == (
+        f"before\n<!-- mine score -->\n\n{table}\n\n![Score](figures/mine/score.png)\n\n<!-- end -->\nafter\n"
+        "<!-- mine alpha -->\n<!-- end -->\n"
+    )
+
+
+def test_a_page_without_a_place_is_refused_before_anything_is_computed(folder, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- refused score -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="<!-- refused timesteps -->"):
+        run(folder, "refused", "--page", page)
+    assert not (folder / "refused").exists()
+
+
+def test_another_split_than_in_training_is_refused(folder):
+    with pytest.raises(ValueError, match="8 good images held out, but this split holds out 16 of 40"):
+        run(folder, "refused", "--holdout_fraction", "0.4")
+
+
+def test_timesteps_off_the_chain_are_refused(folder):
+    with pytest.raises(ValueError, match=r"\[50\] are not all .* nearest that are: \[48\]|nearest that are: \[52\]"):
+        run(folder, "refused", "--timesteps", "50")
+
+
+def test_too_few_images_to_measure_are_refused_before_anything_is_computed(folder):
+    with pytest.raises(ValueError, match="The 1 test images have no good image"):
+        run(folder, "refused", "--max_test_samples", "1")
