@@ -92,6 +92,7 @@ def assert_same(row, expected):
 def test_each_ablation_has_a_table_and_a_figure(folder, results):
     output_dir = folder / "output"
     content = json.loads((output_dir / "ablations.json").read_text())
+    assert str(folder) not in (output_dir / "ablations.json").read_text()
     assert content["ablations"] == json.loads(json.dumps(results)) and list(results) == list(ablate.ABLATIONS)
     sections = (output_dir / "ablations.md").read_text().split("\n## ")[1:]
     for section, (name, rows) in zip(sections, results.items(), strict=True):
@@ -216,12 +217,19 @@ def test_tables_go_into_a_page(tmp_path, results):
     )
     (tmp_path / "figures" / "mine").mkdir(parents=True)
     facts = ("num_test", "num_pasted", "num_good", "num_test_draws", "num_pasted_draws", "map_size")
-    ablate.report(args, {"model": "mine", **dict.fromkeys(facts, 2)}, {"score": rows})
+    ablate.report(args, {"model": "mine", "data": "parts", **dict.fromkeys(facts, 2)}, {"score": rows})
     table = ablate.to_markdown(ablate.ABLATIONS["score"], rows)
     assert page.read_text() == (
         f"before\n<!-- mine score -->\n\n{table}\n\n![Score](figures/mine/score.png)\n\n<!-- end -->\nafter\n"
         "<!-- mine alpha -->\n<!-- end -->\n"
     )
+
+
+def test_the_documentation_has_a_place_for_each_table():
+    page = (Path(ablate.__file__).parent / "docs" / "ablations.md").read_text()
+    for name in ablate.ABLATIONS:
+        for data in ("mtd", "synthetic"):
+            assert ablate.insert(page, f"{data} {name}", "a table") != page
 
 
 def test_a_page_without_a_place_is_refused_before_anything_is_computed(folder, tmp_path):

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -41,6 +42,7 @@ from rad.pipeline_rad import EMBEDDED_MODELS
 
 RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # 20, 48, 100, 201, 301, 401 and 602 of the full chain
 PIXELS = (1, 4, 16, 64, 256, 1024)  # of the map, in the image score
+PATHS = ("model", "data_dir", "output_dir", "raw_dir", "page")  # arguments that may tell of one's own disk
 TITLES = {
     "fused": "fused",
     "pixel": "KL",
@@ -83,6 +85,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_draw_samples", type=int, default=100, help="Compare draws on this many images of each set."
     )
     parser.add_argument("--max_test_samples", type=int, help="Measure on this many test images, evenly picked.")
+    parser.add_argument(
+        "--max_good_samples",
+        type=int,
+        help="For a quick look: of each category, this many good images trained on and as many held out.",
+    )
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
     parser.add_argument("--batch_size", type=int, default=4, help="Images in one pass.")
     parser.add_argument("--output_dir", required=True, help="ablations.json, ablations.md and the figures go here.")
@@ -116,14 +123,15 @@ def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: in
             f"The model's statistics come from {num_scores} good images held out, but this split holds out "
             f"{len(holdout)} of {len(chosen)}: give --holdout_fraction, --max_train_samples and --seed as in training."
         )
-    halves = [], []
+    parts = [], [], []
     for category in dataset.categories:
-        members = [i for i in holdout if dataset.samples[i].category == category]
-        if len(members) < 3:
-            raise ValueError(f"Category {category!r} has {len(members)} good images held out; 3 are needed.")
-        halves[0].extend(members[::2])
-        halves[1].extend(members[1::2])
-    return train, *halves
+        kept, held = ([i for i in split if dataset.samples[i].category == category] for split in (train, holdout))
+        kept, held = ([split[i] for i in evenly(len(split), args.max_good_samples)] for split in (kept, held))
+        if len(held) < 3:
+            raise ValueError(f"Category {category!r} has {len(held)} good images held out; 3 are needed.")
+        for part, indices in zip(parts, (kept, held[::2], held[1::2]), strict=True):
+            part.extend(indices)
+    return parts
 
 
 def check_classes(images: list[dict], name: str) -> None:
@@ -391,7 +399,9 @@ def ablate_timesteps(x: Evaluation) -> Rows:
     model = fit_statistics(x.good, at_all_timesteps(x.good), list(x.normality.config.categories), x.timesteps)
     found = deviations(model, at_all_timesteps(x.images), x.images.labels)
     settings = {str(t): [t] for t in x.timesteps}
-    settings |= {" + ".join(map(str, own)): own, "all": x.timesteps}
+    settings[" + ".join(map(str, own))] = own
+    if x.timesteps != sorted(own):
+        settings["all"] = x.timesteps
     for name, z in zip(("pixel", "feature"), found[:2], strict=True):
         for setting, timesteps in settings.items():
             maps = z[:, [x.timesteps.index(t) for t in timesteps]].mean(1)
@@ -613,63 +623,61 @@ def draw(ablation: Ablation, rows: list[dict]) -> Figure:
     """A panel for each metric: lines over a quantity, a colour for each series, or bars."""
     names = [name for name in METRIC_TITLES if name in rows[0]["test"]]
     num_rows, num_columns = {1: (1, 1), 4: (2, 2), 5: (2, 3)}[len(names)]
-    panel = (4.6, 3.4) if ablation.sweep else (5.2, 0.9 + 0.42 * len(rows))
-    figure = Figure(
-        figsize=(max(6.4, panel[0] * num_columns), panel[1] * num_rows + 0.6), dpi=110, layout="constrained"
-    )
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    width, height = (4.6, 3.2) if ablation.sweep else (5.2, 0.8 + 0.4 * len(rows))
+    figure = Figure(figsize=(max(8, width * num_columns), height * num_rows + 0.6), dpi=110, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=not ablation.sweep).flatten()
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes, names, strict=False):
         (draw_sweep if ablation.sweep else draw_bars)(axis, ablation, rows, name)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if num_columns < 3 else 3, frameon=False)
+    columns = len(SETS) if not ablation.sweep else (len(labels) + 1) // 2  # a series above the other set's
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(ablation.title)
     return figure
 
 
-def draw_sweep(axis, ablation: Ablation, rows: list[dict], name: str) -> None:
+def draw_sweep(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> None:
     """One metric over the last column's values, evenly spaced; what is no number stands apart from the line."""
-    series, values = ablation.columns[0], list(dict.fromkeys(row[ablation.columns[-1]] for row in rows))
+    series, quantity = ablation.columns
+    values = list(dict.fromkeys(row[quantity] for row in rows))
     numbers = [value for value in values if value.split(" (")[0].replace(".", "").isdigit()]
     for i, title in enumerate(dict.fromkeys(row[series] for row in rows)):
-        own = {row[ablation.columns[-1]]: row for row in rows if row[series] == title}
-        for part, style in (("test", "-"), ("pasted", "--")):
-            look = {
-                "color": COLORS[i],
-                "marker": "o" if part == "test" else "s",
-                "fillstyle": "full" if part == "test" else "none",
-            }
+        own = {row[quantity]: row for row in rows if row[series] == title}
+        for k, (part, style, marker, fill) in enumerate((("test", "-", "o", "full"), ("pasted", "--", "s", "none"))):
             for group in (numbers, [value for value in values if value not in numbers]):
                 error = [own[value][part].get("std", {}).get(name, 0.0) for value in group]
+                shift = 0.03 * (2 * i + k - 2.5) if any(error) else 0.0  # so that error bars stand side by side
                 axis.errorbar(
-                    [values.index(value) for value in group],
+                    [values.index(value) + shift for value in group],
                     [own[value][part][name] for value in group],
                     yerr=error if any(error) else None,
                     linestyle=style if group is numbers else "none",
+                    marker=marker,
+                    fillstyle=fill,
                     markersize=5,
                     capsize=3,
+                    color=COLORS[i],
                     label=f"{title}, {SETS[part]}" if group is numbers else None,
-                    **look,
                 )
-    for value in {row[ablation.columns[-1]] for row in rows if row["default"]}:
-        axis.axvline(values.index(value), color="0.6", linestyle=":", zorder=0, label="default")
-    axis.set_xticks(range(len(values)), values, rotation=30 if max(map(len, values)) > 5 else 0)
-    axis.set(xlabel=ablation.columns[-1], ylabel=METRIC_TITLES[name])
+    for value in {row[quantity] for row in rows if row["default"]}:
+        line = axis.axvline(values.index(value), color="0.6", linestyle=":", zorder=0)
+        axis.errorbar([], [], color="0.6", linestyle=line.get_linestyle(), label="default")
+    axis.set_xticks(range(len(values)), [value.replace(" ", "\n", 1).replace(" + ", "\n+ ") for value in values])
+    axis.set(xlabel=quantity, ylabel=METRIC_TITLES[name], yscale="log" if name == "score_std" else "linear")
     axis.grid(alpha=0.3)
 
 
-def draw_bars(axis, ablation: Ablation, rows: list[dict], name: str) -> None:
+def draw_bars(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> None:
     """One metric of each row, both sets, with the numbers."""
-    for i, part in enumerate(reversed(SETS)):
+    for i, part in enumerate(("test", "pasted")):
         places = np.arange(len(rows)) + (0.2 if i else -0.2)
         bars = axis.barh(places, [row[part][name] for row in rows], 0.38, color=COLORS[i], label=SETS[part])
         axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
     titles = [", ".join(row[column] for column in ablation.columns) for row in rows]
     titles = [f"{title} (default)" if row["default"] else title for title, row in zip(titles, rows, strict=True)]
     axis.set_yticks(range(len(rows)), titles)
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1.12), xlabel=METRIC_TITLES[name])
+    axis.set(xlim=(0, 1.12), ylim=(len(rows) - 0.5, -0.5), xlabel=METRIC_TITLES[name])
     axis.set_xticks(np.arange(0, 1.01, 0.2))
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
@@ -698,13 +706,13 @@ def insert(page: str, marker: str, text: str) -> str:
 def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]) -> None:
     """Writes ablations.json, ablations.md, the last result's figure, and the page if there is one."""
     folder = Path(args.output_dir)
-    content = {"arguments": vars(args), **facts, "ablations": results}
-    write(folder / "ablations.json", json.dumps(content, indent=2))
+    settings = {name: value for name, value in vars(args).items() if name not in PATHS}
+    write(folder / "ablations.json", json.dumps({**facts, "arguments": settings, "ablations": results}, indent=2))
     tables = {name: to_markdown(ABLATIONS[name], rows) for name, rows in results.items()}
     last = list(results)[-1]
     draw(ABLATIONS[last], results[last]).savefig(folder / f"{last}.png")
     lines = [
-        f"# Ablations of {facts['model']} on {Path(args.data_dir).name}",
+        f"# Ablations of {facts['model']} on {facts['data']}",
         f"{facts['num_test']} test images; {facts['num_pasted']} with pasted defects and without, of "
         f"{facts['num_pasted'] // 2} good images held out; statistics for these from {facts['num_good']} others. "
         f"Draws are compared on {facts['num_test_draws']} test and {facts['num_pasted_draws']} pasted images with "
@@ -768,7 +776,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
     # 2. Raw maps, each with the Gaussians of its set
     files = [str(sample.image) for sample in [*test_set.samples, *dataset.samples]]
     settings = [files, further, args.max_draws, args.num_seeds, args.max_draw_samples, args.max_test_samples]
-    settings += [args.holdout_fraction, args.max_train_samples, args.seed, args.batch_size]
+    settings += [args.max_good_samples, args.holdout_fraction, args.max_train_samples, args.seed, args.batch_size]
     folder = Path(args.raw_dir or output_dir / "raw") / fingerprint(pipeline, settings)
     folder.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -795,7 +803,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
 
     # 3. Measure, and write what there is after each table
     facts = {
-        "model": args.model,
+        "model": Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
+        "data": Path(args.data_dir).resolve().name,
         "map_size": normality.config.map_size,
         "num_test": len(test),
         "num_pasted": len(pasted),
