@@ -200,6 +200,7 @@ class Passes:
     Args:
         pipeline: Scores them.
         timesteps: Further steps to score at beside the model's own.
+        max_draws: A power of 2.
     """
 
     def __init__(self, pipeline: RADPipeline, timesteps: list[int], max_draws: int):
@@ -215,7 +216,9 @@ class Passes:
         labels = [normality.config.categories.index(item["category"]) for item in images]
         unet_labels = pipeline._unet_labels(labels)
 
-        def raw_scores(timesteps: list[int], draws: int | None = None, seed: int = 0, raw_channels: bool = False):
+        def raw_scores(
+            timesteps: list[int], draws: int | None = None, seed: int = 0, raw_channels: bool = False
+        ) -> tuple:
             return pipeline.raw_scores(x_0, features, unet_labels, timesteps, draws, seed, raw_channels)
 
         def stack(scores: list[tuple]) -> torch.Tensor:
@@ -254,8 +257,8 @@ class Passes:
     def draws(self, images: list[dict], normality: NormalityModel, num_seeds: int) -> dict[str, torch.Tensor]:
         """Maps as the pipeline stacks them, "1-0" for one draw and the first seed.
 
-        Two draws are an antithetic pair. 4 and 8 average 2 and 4 pairs of as many noise seeds, which costs half of
-        what scoring each number of draws by itself would.
+        Two draws are an antithetic pair. 4 and 8 average 2 and 4 pairs of as many noise seeds: 9 draws in all, where
+        scoring each number of draws by itself would take 15.
         """
         raw_scores, stack, (_, sizes) = self._prepare(images, normality)
         tensors, num_pairs = {"size": sizes}, max(1, self.max_draws // 2)
