@@ -20,12 +20,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import safe_open
@@ -740,7 +742,11 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
 
 
 def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
-    accelerator, output_dir = Accelerator(), Path(args.output_dir)
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # of processes whose share is done
+    accelerator, output_dir = Accelerator(cpu=cpu, kwargs_handlers=[patience]), Path(args.output_dir)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))  # accelerate launch sets 1 for each
     if args.page:  # before hours of work
         for name in ABLATIONS:
             insert(Path(args.page).read_text(encoding="utf-8"), f"{output_dir.resolve().name} {name}", "")
