@@ -39,7 +39,7 @@ from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
 from rad.evaluation import METRICS, evenly, pasted_defects, test_images
 from rad.metrics import image_auroc, pixel_metrics
-from rad.models.normality import NormalityModel, stack_raw_maps
+from rad.models.normality import GLOBAL, NormalityModel, stack_raw_maps
 from rad.pipeline_rad import EMBEDDED_MODELS
 
 RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # 20, 48, 100, 201, 301, 401 and 602 of the full chain
@@ -53,6 +53,7 @@ TITLES = {
     "mahalanobis": "Mahalanobis",
     "discriminator": "discriminator",
     "rgb": "RGB difference",
+    GLOBAL: "whole image",
 }
 METRIC_TITLES = {
     "image_auroc": "image AUROC",
@@ -210,11 +211,11 @@ class Passes:
         self.timesteps = list(pipeline.normality.config.timesteps)
 
     def _prepare(self, images: list[dict], normality: NormalityModel) -> tuple[Callable, Callable, tuple]:
-        """The pipeline's raw scores, and its stack of raw maps, as functions; features and sizes."""
+        """The pipeline's raw scores, and its stack of raw maps, as functions; features, summaries, sizes, labels."""
         pipeline = self.pipeline
         x_0, sizes = pipeline.image_processor.preprocess([item["image"] for item in images])
         x_0 = x_0.to(pipeline.device, pipeline.unet.dtype)
-        features, logits = pipeline._features(x_0)
+        features, logits, summaries = pipeline._features(x_0)
         labels = [normality.config.categories.index(item["category"]) for item in images]
         unet_labels = pipeline._unet_labels(labels)
 
@@ -229,23 +230,25 @@ class Passes:
             distances = normality.distance(residuals, labels, "residual"), normality.distance(features, labels)
             return stack_raw_maps(kl, error, rgb, normality.config.map_size, *logits, *distances)
 
-        return raw_scores, stack, (features, torch.tensor(sizes, dtype=torch.int32))
+        return raw_scores, stack, (features, summaries, torch.tensor(sizes, dtype=torch.int32), labels)
 
     def base(self, images: list[dict], normality: NormalityModel) -> dict[str, torch.Tensor]:
         """All but several draws.
 
         Returns:
-            raw: All maps as the pipeline stacks them, [B, M, m, m]; size [B, 2]; further: KL, feature error and RGB
+            raw: All maps as the pipeline stacks them, [B, M, m, m]; size [B, 2]; global: distance of the summaries,
+            [B]; further: KL, feature error and RGB
             maps at further timesteps; raw_channels: feature error of channels that are not standardised, [B, T, m, m];
             ran_kl: RAN's mean of z(s_t), [B, S, S], and ran_error [B, g, g]; features and residuals on a coarse grid.
         """
-        raw_scores, stack, (features, sizes) = self._prepare(images, normality)
+        raw_scores, stack, (features, summaries, sizes, labels) = self._prepare(images, normality)
         map_size, num_timesteps = normality.config.map_size, len(self.timesteps)
         own = raw_scores(self.timesteps)
         kl, error, rgb, _ = raw_scores(self.timesteps, raw_channels=True)
         tensors = {
             "raw": stack([own]),
             "size": sizes,
+            "global": normality.global_distance(summaries, labels),
             "raw_channels": stack_raw_maps(kl, error, rgb, map_size)[:, num_timesteps : 2 * num_timesteps],
             "ran_kl": ((kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)).mean(1),
             "ran_error": error.mean(1),
@@ -262,8 +265,9 @@ class Passes:
         Two draws are an antithetic pair. 4 and 8 average 2 and 4 pairs of as many noise seeds: 9 draws in all, where
         scoring each number of draws by itself would take 15.
         """
-        raw_scores, stack, (_, sizes) = self._prepare(images, normality)
+        raw_scores, stack, (_, summaries, sizes, labels) = self._prepare(images, normality)
         tensors, num_pairs = {"size": sizes}, max(1, self.max_draws // 2)
+        tensors["global"] = normality.global_distance(summaries, labels)
         for seed in range(num_seeds):
             first = seed * num_pairs
             tensors[f"1-{seed}"] = stack([raw_scores(self.timesteps, 1, first)])
@@ -363,6 +367,7 @@ def fit_statistics(good: RawMaps, raw: torch.Tensor, categories: list[str], time
     return NormalityModel.fit(
         features,
         residuals,
+        features.mean((2, 3)),  # in place of summaries, likewise
         good.labels,
         raw,
         categories,
@@ -384,9 +389,9 @@ def calibrated(x: Evaluation) -> dict[str, torch.Tensor]:
 
 def ablate_score(x: Evaluation) -> Rows:
     maps = calibrated(x)
-    for name in x.normality.score_types:
-        scores = x.normality.image_scores(maps, x.images.labels, name)
-        yield (TITLES.get(name, name),), name == "fused", [(maps[name], scores)]
+    for name in (*x.normality.score_types, GLOBAL):
+        scores = x.normality.image_scores(maps, x.images.labels, name, x.images.load("global"))
+        yield (TITLES.get(name, name),), name == "fused", [(maps.get(name), scores)]
 
 
 def ablate_timesteps(x: Evaluation) -> Rows:
@@ -434,7 +439,9 @@ def ablate_draws(x: Evaluation, max_draws: int, num_seeds: int, default: int) ->
         found = []
         for seed in range(num_seeds):
             maps = normality.calibrate(x.draws.load(f"{draws}-{seed}"), x.draws.labels)
-            found.append((maps, [normality.image_scores(maps, x.draws.labels, n) for n in ("fused", *refitted[:2])]))
+            distance = x.draws.load("global")
+            scores = [normality.image_scores(maps, x.draws.labels, n, distance) for n in ("fused", *refitted[:2])]
+            found.append((maps, scores))
         for i, name in enumerate(("fused", *refitted[:2])):
             yield (TITLES[name], str(draws)), draws == default, [(maps[name], scores[i]) for maps, scores in found]
 
@@ -498,7 +505,7 @@ def ablate_image_score(x: Evaluation) -> Rows:
         setting = {1: "1 (max)", num_pixels: f"{count} (mean)"}.get(count, str(count))
         yield ("the anomaly map", setting), False, [(None, top_mean(maps["fused"], count))]
         normality.register_to_config(top_k=count)
-        scores = normality.image_scores(maps, x.images.labels)
+        scores = normality.image_scores(maps, x.images.labels, global_distance=x.images.load("global"))
         yield ("the image score's own map", setting), count == default, [(None, scores)]
 
 
@@ -619,7 +626,10 @@ def to_markdown(ablation: Ablation, rows: list[dict]) -> str:
         cells = [row[column] for column in ablation.columns]
         for part in SETS:
             std = row[part].get("std", {})
-            cells += [f"{row[part][n]:.3f}" + (f" ± {std[n]:.3f}" if n in std else "") for n in names]
+            cells += [
+                f"{row[part][n]:.3f}" + (f" ± {std[n]:.3f}" if n in std else "") if n in row[part] else "-"
+                for n in names
+            ]
         lines.append("| " + " | ".join(f"**{cell}**" if row["default"] else cell for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -677,7 +687,8 @@ def draw_bars(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> No
     """One metric of each row, both sets, with the numbers."""
     for i, part in enumerate(("test", "pasted")):
         places = np.arange(len(rows)) + (0.2 if i else -0.2)
-        bars = axis.barh(places, [row[part][name] for row in rows], 0.38, color=COLORS[i], label=SETS[part])
+        values = [row[part].get(name, np.nan) for row in rows]  # the whole image has no map
+        bars = axis.barh(places, values, 0.38, color=COLORS[i], label=SETS[part])
         axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
     titles = [", ".join(row[column] for column in ablation.columns) for row in rows]
     titles = [f"{title} (default)" if row["default"] else title for title, row in zip(titles, rows, strict=True)]

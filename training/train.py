@@ -688,7 +688,7 @@ def save_model(pipeline: RADPipeline, output_dir: Path) -> None:
 
 def load_test_split(args: argparse.Namespace) -> list[dict]:
     """Test images with their masks, where the data set has any."""
-    if args.dataset_name or (args.dataset_format, detect_format(args.train_data_dir)) == ("auto", "folder"):
+    if args.dataset_name:
         return []
     try:
         images = test_images(load_dataset(args.train_data_dir, args.dataset_format, "test", args.category), (256, 256))
