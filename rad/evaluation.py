@@ -130,7 +130,7 @@ def score_images(
 def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
     """The maps of each score type as float32 [B, size, size]; the pipeline's are at each image's own size."""
     maps = {}
-    for name in output.scores.keys() - {GLOBAL}:
+    for name in (name for name in output.scores if name != GLOBAL):
         own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
         resized = [
             F.interpolate(torch.from_numpy(m)[None, None], (size, size), mode="bilinear", antialias=True)

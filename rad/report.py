@@ -15,6 +15,7 @@ from PIL import Image
 from .data import AnomalyDataset
 from .evaluation import Record, evenly
 from .image_processor import RADImageProcessor
+from .models.normality import GLOBAL
 from .visualization import (
     TITLES,
     curve_figures,
@@ -334,7 +335,7 @@ def draw_figures(
     figures = {}
     if shown:
         pictures = [RADImageProcessor().decode(dataset[record.index].image) for record in shown]
-        names = sorted(shown[0].scores, key=lambda name: (name == "fused", name != "rgb"))
+        names = sorted(set(shown[0].scores) - {GLOBAL}, key=lambda name: (name == "fused", name != "rgb", name))
         columns = {"truth": [record.mask() for record in shown]}
         columns |= {name: [record.map(name) for record in shown] for name in names}
         drawn = maps_figure(pictures, columns)

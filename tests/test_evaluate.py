@@ -302,6 +302,12 @@ def test_figures_and_the_papers_table(model, data_dir, tmp_path, capsys):
     assert f"| {100 * mean['pixel_auroc']:.1f} | {100 * mean['aupro']:.1f} | this run" in told
 
 
+def test_the_papers_figures_of_calibrated_scores(model, data_dir, tmp_path):
+    run(model, data_dir, tmp_path, "--figures", "--category", "brick", "--max_test_samples", "6")
+    methods, paper = (Image.open(tmp_path / "figures" / f"{name}.png") for name in ("methods", "kl_and_fused"))
+    assert methods.width > paper.width  # more scores than the paper's
+
+
 def test_a_model_for_each_category(model, data_dir, tmp_path):
     for category in CATEGORIES:
         (tmp_path / f"model-{category}").symlink_to(model)
