@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     train, holdout = split_holdout(dataset, list(range(len(dataset))), 0.2, 0)
     images, names = zip(*((sample.image, sample.category) for sample in dataset.samples), strict=True)
     pipeline = new_pipeline(CATEGORIES, [images[i] for i in train[:4]])
+    pipeline.fit_discriminator([images[i] for i in train], [names[i] for i in train], num_steps=2)
     pipeline.fit_normality(
         [images[i] for i in train],
         holdout_images=[images[i] for i in holdout],
@@ -164,13 +165,13 @@ def test_draws_are_the_pipelines(folder, pipeline, test_set):
     stored = raw_maps(folder, "test-draws", test_set)
     x_0, _ = pipeline.image_processor.preprocess([item["image"] for item in test_set[:4]])
     with torch.no_grad():
-        features, _, _ = pipeline._features(x_0)
+        features, logits, _ = pipeline._features(x_0)
         labels = pipeline._unet_labels(stored.labels[:4])
         for draws in (1, 2):
             kl, error, rgb, residuals = pipeline.raw_scores(x_0, features, labels, [20, 201, 401], draws)
             distance = pipeline.normality.distance(residuals, stored.labels[:4], "residual")
-            expected = stack_raw_maps(kl, error, rgb, 16, distance)
-            torch.testing.assert_close(stored.load(f"{draws}-0")[:4, :10], expected, rtol=1e-3, atol=1e-3)
+            expected = stack_raw_maps(kl, error, rgb, 16, *logits, distance)
+            torch.testing.assert_close(stored.load(f"{draws}-0")[:4, :11], expected, rtol=1e-3, atol=1e-3)
         # Four draws are two seeds' pairs; a second seed shares no noise with the first
         pairs = [pipeline.raw_scores(x_0, features, labels, [20, 201, 401], 2, seed) for seed in (2, 3)]
         kl, error, rgb = (torch.stack(parts).mean(0) for parts in list(zip(*pairs, strict=True))[:3])
