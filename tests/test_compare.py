@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.neighbors import NearestNeighbors
 
+from rad import RADPipeline
 from rad.data.batches import from_uint8, to_uint8
 from rad.data.synthetic import write_synthetic
 from training import compare
@@ -45,12 +49,14 @@ def patchcore(pipeline, images):
 def test_embedding_is_the_extractors_own_stages(pipeline, images):
     x = from_uint8(images[:1])
     stages = pipeline.feature_extractor.network((x + 1) / 2 * 2 - 1)  # this backbone's mean and deviation are 0.5
-    found = compare.Embedding(pipeline, (8, 16), average=True, mode="bilinear")(x)
+    found = compare.Embedding(pipeline, (8, 16), 8, average=True, mode="bilinear")(x)
     channels = stages[2].shape[1]
     assert found.shape == (1, channels + stages[3].shape[1], 8, 8)
     assert torch.allclose(found[0, :, 3, 3][:channels], stages[2][0, :, 2:5, 2:5].mean((1, 2)), atol=1e-5)
-    found = compare.Embedding(pipeline, (4, 8, 16), average=False, mode="nearest")(x)
+    found = compare.Embedding(pipeline, (4, 8, 16), 4, average=False, mode="nearest")(x)
     assert torch.equal(found[0, -stages[3].shape[1] :, 13, 6], stages[3][0, :, 3, 1])
+    found = compare.Embedding(pipeline, (4, 8), 8, average=False, mode="bilinear")(x)
+    assert torch.allclose(found[0, : stages[1].shape[1], 3, 5], stages[1][0, :, 6:8, 10:12].mean((1, 2)), atol=1e-5)
 
 
 def test_padims_distance_is_scipys(padim, images):
@@ -63,9 +69,11 @@ def test_padims_distance_is_scipys(padim, images):
         assert found[0, row, column].item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_coreset_takes_the_farthest_point_each_time():
+@pytest.mark.parametrize("pool_size", [2, 8, 256])
+def test_the_coreset_takes_the_farthest_point_each_time(pool_size):
+    torch.manual_seed(0)
     points = torch.randn(200, 5)
-    chosen = compare.k_center_greedy(points, 30).tolist()
+    chosen = compare.k_center_greedy(points, 30, pool_size).tolist()
     distances = cdist(points, points)
     assert len(set(chosen)) == 30
     for i in range(1, 30):
@@ -74,7 +82,7 @@ def test_the_coreset_takes_the_farthest_point_each_time():
 
 
 def test_a_coreset_of_everything_has_each_point_once():
-    assert sorted(compare.k_center_greedy(torch.randn(20, 3), 20).tolist()) == list(range(20))
+    assert sorted(compare.k_center_greedy(torch.randn(20, 3), 20, 5).tolist()) == list(range(20))
 
 
 def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, images):
@@ -145,22 +153,47 @@ def folders(pipeline, tmp_path_factory):
     return root
 
 
-def test_the_table_has_every_column_and_each_row_its_place(folders):
-    output_dir = folders / "output"
-    flags = ["--model", str(folders / "model"), "--data_dir", str(folders / "data"), "--output_dir", str(output_dir)]
-    rows = compare.main(compare.parse_args([*flags, "--methods", "rad", "padim", "--max_train_samples", "3"]))
+@pytest.fixture(scope="module")
+def flags(folders):
+    names = ("--model", "model"), ("--data_dir", "data"), ("--output_dir", "output")
+    paths = [part for flag, name in names for part in (flag, str(folders / name))]
+    return [
+        *paths,
+        "--methods",
+        "rad",
+        "padim",
+        "--max_train_samples",
+        "3",
+        "--latency_images",
+        "3",
+        "--device",
+        "cpu",
+    ]
 
+
+@pytest.fixture(scope="module")
+def rows(flags):
+    return compare.main(compare.parse_args(flags))
+
+
+def test_the_table_has_every_column_and_each_row_its_place(rows, folders):
     titles = [row["method"] for row in rows]
     assert titles[0] == "RAD" and titles[-1] == "PaDiM" and "RAD, feature alone" in titles
     by_title = {row["method"]: row for row in rows}
     for row in rows:
-        assert set(row) == {"method", "settings", *compare.COLUMNS}
+        assert set(row) == {"method", "settings", "fit_threads", *compare.COLUMNS}
         assert all(0 <= row[name] <= 1 for name in compare.ACCURACY)
         assert row["latency_ms"] > 0 and row["memory_mb"] > 100 and row["size_mb"] > 0
     assert by_title["RAD"]["fit_seconds"] is None and by_title["PaDiM"]["fit_seconds"] > 0
     assert by_title["PaDiM"]["fit_memory_mb"] > 100
 
-    assert json.loads((output_dir / "results.json").read_text())["rows"] == rows
+    output_dir = folders / "output"
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["rows"] == rows
+    rad, padim = (results["seconds"][method] for method in ("rad", "padim"))
+    assert len(rad) == len(padim) == 3
+    assert by_title["RAD"]["latency_ratio"] == 1
+    assert by_title["PaDiM"]["latency_ratio"] == sorted(b / a for a, b in zip(rad, padim, strict=True))[1]
     lines = (output_dir / "results.md").read_text().splitlines()
     cells = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
     assert [cell.strip() for cell in cells[0]] == ["method", *(heading for heading, _ in compare.COLUMNS.values())]
@@ -170,11 +203,87 @@ def test_the_table_has_every_column_and_each_row_its_place(folders):
         assert picture.width > 500
 
 
-def test_a_run_repeats_itself(folders):
+def test_a_rerun_keeps_what_is_fitted_and_a_changed_pipeline_is_measured_anew(rows, flags, folders):
+    output = folders / "output"
+    stored = [output / f"padim-{name}.{end}" for name in ("brick", "gravel") for end in ("safetensors", "json")]
+    written = [path.stat().st_mtime_ns for path in stored]
+    with pytest.raises(ValueError, match="rad-brick.json was made with other seed: give --refit rad"):
+        compare.main(compare.parse_args([*flags, "--seed", "1"]))
+
+    pipeline = RADPipeline.load(folders / "model")
+    next(pipeline.unet.parameters()).data.mul_(1.5)
+    pipeline.save_pretrained(folders / "model")
+    with pytest.raises(ValueError, match="rad-brick.json was made with other weights: give --refit rad"):
+        compare.main(compare.parse_args(flags))
+    again = compare.main(compare.parse_args([*flags, "--refit", "rad"]))
+
+    assert [path.stat().st_mtime_ns for path in stored] == written
+    assert [row["method"] for row in again] == [row["method"] for row in rows]
+    old, new = ([found[0]["pixel_ap"], found[-1]["pixel_ap"]] for found in (rows, again))
+    assert old[0] != new[0] and old[1] == new[1]  # RAD and PaDiM
+    assert json.loads((output / "results.json").read_text())["rows"] == again
+
+
+def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_without_normality):
+    args = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu"])
+
+    def mark(method, of):
+        return compare.fingerprint(method, "brick", of, args)
+
+    other = small_pipeline_without_normality
+    other.feature_extractor.load_state_dict(pipeline.feature_extractor.state_dict())
+    assert mark("rad", other) != mark("rad", pipeline)
+    assert mark("padim", other) == mark("padim", pipeline)
+    next(other.feature_extractor.network.parameters()).data.mul_(2)
+    assert mark("padim", other) != mark("padim", pipeline)
+
+    more = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu", "--max_train_steps", "5"])
+    for method, same in (("padim", True), ("patchcore", True), ("autoencoder", False)):
+        assert (compare.fingerprint(method, "brick", pipeline, more) == mark(method, pipeline)) is same
+
+
+@pytest.mark.parametrize("method", ["padim", "padim_coarse", "patchcore", "autoencoder", "denoising_autoencoder"])
+def test_a_reloaded_peer_gives_the_same_maps(method, pipeline, images, tmp_path):
+    flags = ("--coreset_ratio", "0.1", "--max_train_steps", "2")
+    peer, fresh = new_peer(method, pipeline, *flags), new_peer(method, pipeline, *flags)
+    peer.fit(images)
+    save_file(peer.state_dict(), tmp_path / "peer.safetensors")
+    fresh.load(load_file(tmp_path / "peer.safetensors"))
+    with torch.no_grad():
+        (maps, score), (again, score_again) = (p(from_uint8(images[:1])) for p in (peer, fresh))
+    assert torch.equal(maps, again) and score == score_again
+
+
+def test_a_run_repeats_itself(folders, tmp_path):
     flags = ["--model", str(folders / "model"), "--data_dir", str(folders / "data"), "--device", "cpu"]
-    args = compare.parse_args([*flags, "--category", "brick", "--coreset_ratio", "0.1", "--max_test_samples", "5"])
-    first, second = (compare.run("patchcore", args)[0] for _ in range(2))
-    assert [first[name] for name in compare.ACCURACY] == [second[name] for name in compare.ACCURACY]
+    args = compare.parse_args([*flags, "--output_dir", str(tmp_path), "--coreset_ratio", "0.1"])
+    records = []
+    for _ in range(2):
+        compare.fit("patchcore", {"brick": {}}, args)
+        compare.score("patchcore", {"brick": {}}, args)
+        records.append(json.loads((tmp_path / "patchcore-brick.json").read_text()))
+    assert records[0]["accuracy"] == records[1]["accuracy"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_figures_names_do_not_overlap():
+    rows = [
+        {"method": f"method {i}", "latency_ms": 10.0 * (i + 1), "aupro": 0.7, "image_auroc": 0.9 + 0.001 * i}
+        for i in range(12)
+    ]
+    figure = compare.draw(rows)
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        assert sorted(text.get_text()[:9].strip() for text in axis.texts) == sorted(row["method"] for row in rows)
+        boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+        assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+def test_methods_to_refit_must_be_among_those_to_measure(tmp_path):
+    flags = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path), "--methods", "rad", "--refit", "padim"]
+    with pytest.raises(ValueError, match="--refit names padim, but --methods only rad"):
+        compare.main(compare.parse_args(flags))
 
 
 def test_without_anomalib_one_sentence_before_anything_is_computed(monkeypatch, tmp_path):
@@ -194,6 +303,9 @@ def test_draem_trains_and_scores(pipeline, images):
     assert all((p != q).any() for p, q in zip(peer.model.parameters(), before, strict=True) if p.ndim > 1)
     title, (maps, score) = next(iter(peer.score({"image": Image.new("RGB", (50, 40))}).items()))
     assert title == "DRAEM" and maps.shape == (40, 50) and 0 <= maps.min() and maps.max() <= 1 and 0 <= score <= 1
+    again = new_peer("draem", pipeline, *flags)
+    again.load(peer.state_dict())
+    assert np.array_equal(again.score({"image": Image.new("RGB", (50, 40))})["DRAEM"][0], maps)
 
 
 def test_distances_are_those_of_anomalib(padim, patchcore, images):
