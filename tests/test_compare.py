@@ -295,7 +295,7 @@ def test_without_anomalib_one_sentence_before_anything_is_computed(monkeypatch, 
 
 def test_draem_trains_and_scores(pipeline, images):
     pytest.importorskip("anomalib", reason=NEEDS_ANOMALIB)
-    flags = ("--draem_width", "0.125", "--max_train_steps", "3", "--train_batch_size", "2")
+    flags = ("--draem_width", "0.125", "--draem_train_steps", "3", "--train_batch_size", "2")
     peer = new_peer("draem", pipeline, *flags)
     before = [p.clone() for p in peer.model.parameters()]
     peer.fit(images)

@@ -72,9 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refit", nargs="+", choices=METHODS, default=[], help="Methods to fit and measure anew.")
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
     parser.add_argument("--coreset_ratio", type=float, default=0.01, help="PatchCore: share of the patches to keep.")
-    parser.add_argument("--max_train_steps", type=int, default=2000, help="Of the autoencoders and of DRAEM.")
-    parser.add_argument("--train_batch_size", type=int, default=8, help="Likewise.")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="Likewise, for training only.")
+    parser.add_argument("--max_train_steps", type=int, default=2000, help="Of the autoencoders.")
+    parser.add_argument("--draem_train_steps", type=int, default=2000, help="Of DRAEM, each ten times as long.")
+    parser.add_argument("--train_batch_size", type=int, default=8, help="Of all three.")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="Of all three's training.")
     parser.add_argument(
         "--draem_width",
         type=float,
@@ -157,14 +158,19 @@ class Peer(nn.Module):
             yield from_uint8(chunk.to(self.device))
 
     def train_steps(
-        self, images: torch.Tensor, network: nn.Module, loss_of: Callable, lr: float, milestones: list[float]
+        self,
+        images: torch.Tensor,
+        network: nn.Module,
+        loss_of: Callable,
+        steps: int,
+        lr: float,
+        milestones: list[float],
     ) -> list[float]:
         """Trains `network` with Adam on random batches, lr / 10 from each milestone (a share of the steps) on.
 
         `loss_of` gives the loss of a batch in [-1, 1]. Returns the loss of each step.
         """
-        steps, losses = self.args.max_train_steps, []
-        optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+        losses, optimizer = [], torch.optim.Adam(network.parameters(), lr=lr)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(m * steps) for m in milestones])
         network.train()
         progress = tqdm(range(steps), desc=type(self).__name__)
@@ -359,7 +365,9 @@ class Autoencoder(Peer):
         )
 
     def fit(self, images: torch.Tensor) -> None:
-        self.losses = self.train_steps(images, self.network, self.loss, lr=1e-3, milestones=[0.8])
+        self.losses = self.train_steps(
+            images, self.network, self.loss, self.args.max_train_steps, lr=1e-3, milestones=[0.8]
+        )
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         with self.autocast():
@@ -412,7 +420,7 @@ def coarse_noise(x: torch.Tensor) -> torch.Tensor:
 class DRAEM(Peer):
     """Finds what a reconstruction repairs, trained on pasted textures: Zavrtanik et al., ICCV 2021; from anomalib."""
 
-    title, flags = "DRAEM", (*Autoencoder.flags, "draem_width", "texture_dir")
+    title, flags = "DRAEM", ("draem_train_steps", "train_batch_size", "mixed_precision", "draem_width", "texture_dir")
 
     def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
         from anomalib.models.image.draem import torch_model
@@ -425,9 +433,10 @@ class DRAEM(Peer):
             self.model.discriminative_subnetwork = torch_model.DiscriminativeSubNetwork(6, 2, discriminative)
         self.to(self.device)
         self.settings = (
-            f"anomalib's, {args.draem_width:g} of its width, {args.max_train_steps} steps of {args.train_batch_size} "
-            f"in {PRECISION[args.mixed_precision]} with Adam at 1e-4, textures: {args.texture_dir or 'Perlin noise'}; "
-            "image score = maximum of the map averaged over 21 x 21. Published: full width, 700 epochs of batch 8, "
+            f"anomalib's, {args.draem_width:g} of its width, {args.draem_train_steps} steps of "
+            f"{args.train_batch_size} in {PRECISION[args.mixed_precision]} with Adam at 1e-4, "
+            f"textures: {args.texture_dir or 'Perlin noise'}; image score = maximum of the map averaged over 21 x 21. "
+            "Published: full width, 700 epochs of batch 8, "
             "DTD's textures."
         )
 
@@ -444,7 +453,9 @@ class DRAEM(Peer):
                 reconstruction, prediction = self.model(augmented)
             return loss(clean, reconstruction.float(), mask, prediction.float())
 
-        self.losses = self.train_steps(images, self.model, loss_of, lr=1e-4, milestones=[4 / 7, 6 / 7])
+        self.losses = self.train_steps(
+            images, self.model, loss_of, self.args.draem_train_steps, lr=1e-4, milestones=[4 / 7, 6 / 7]
+        )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps = self.model((x + 1) / 2).anomaly_map
