@@ -211,8 +211,9 @@ class RAD(Peer):
         label = item["category"] if item["category"] in known else None
         output = self.pipeline(item["image"], class_labels=label, seed=self.args.seed)
         results = {self.title: (output.anomaly_map[0], float(output.score[0]))}
-        for name in output.scores.keys() - {"fused"}:
-            results[f"{self.title}, {name} alone"] = output[f"{name}_map"][0], float(output.scores[name][0])
+        for name, value in output.scores.items():
+            if name != "fused":
+                results[f"{self.title}, {name} alone"] = output[f"{name}_map"][0], float(value[0])
         return results
 
 
@@ -436,8 +437,7 @@ class DRAEM(Peer):
             f"anomalib's, {args.draem_width:g} of its width, {args.draem_train_steps} steps of "
             f"{args.train_batch_size} in {PRECISION[args.mixed_precision]} with Adam at 1e-4, "
             f"textures: {args.texture_dir or 'Perlin noise'}; image score = maximum of the map averaged over 21 x 21. "
-            "Published: full width, 700 epochs of batch 8, "
-            "DTD's textures."
+            "Published: full width, 700 epochs of batch 8, DTD's textures."
         )
 
     def fit(self, images: torch.Tensor) -> None:
