@@ -42,6 +42,7 @@ from rad import RADPipeline
 from rad.data import DATASET_FORMATS, load_dataset
 from rad.data.batches import from_uint8, to_uint8
 from rad.evaluation import measure, test_images
+from rad.models.normality import GLOBAL
 from rad.pipeline_rad import EMBEDDED_MODELS
 
 COLUMNS = {  # of the table: heading, and how a value is written
@@ -212,7 +213,7 @@ class RAD(Peer):
         output = self.pipeline(item["image"], class_labels=label, seed=self.args.seed)
         results = {self.title: (output.anomaly_map[0], float(output.score[0]))}
         for name, value in output.scores.items():
-            if name != "fused":
+            if name not in ("fused", GLOBAL):
                 results[f"{self.title}, {name} alone"] = output[f"{name}_map"][0], float(value[0])
         return results
 
