@@ -569,11 +569,20 @@ def test_a_batch_may_mix_categories(two_categories):
         torch.testing.assert_close(mixed[1], model.distance(features[1:], [1], kind)[0])
 
 
-def test_several_categories_share_covariances_among_neighbours(model, two_categories):
+def test_several_categories_share_covariances_among_positions(model, two_categories):
     for kind, grid in GRIDS.items():
         assert model.get_buffer(f"{kind}_mean").shape[-2:] == (grid, grid)
         assert model.get_buffer(f"{kind}_whitening").shape[:2] == (1, grid**2)
-        assert two_categories[0].get_buffer(f"{kind}_whitening").shape[:2] == (2, (grid // 2) ** 2)
+    assert two_categories[0].feature_whitening.shape[1] == 4 and two_categories[0].residual_whitening.shape[1] == 1
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_distances_under_a_shared_covariance_are_judged_by_position(block):
+    features, residuals, raw_maps = GoodImages(seed=3).draw(30)
+    features[..., -2:] = features.mean(0)[..., -2:] + 2 * (features - features.mean(0))[..., -2:]  # spread to the right
+    model = fit(features, residuals, raw_maps, gaussian_block=block)
+    for maps in (model.location, model.scale):
+        assert bool(maps[0, -1].std() > 1e-3) == (block == 4)
 
 
 # Several processes

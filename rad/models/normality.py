@@ -288,8 +288,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
             config: Further arguments of the constructor. By default the features' Gaussian has half their side; one
-                category has a covariance at each of its positions, several share them in 2 x 2 blocks and have fewer
-                directions, which keeps the model small.
+                category has a covariance at each of its positions; each of several has one for each quarter of the
+                image and one for all residuals, but of more directions, which finds more and keeps the model small.
 
         Raises:
             ValueError: A category has fewer than two scored images.
@@ -321,8 +321,8 @@ class NormalityModel(ModelMixin, ConfigMixin):
         several = len(categories) > 1
         config = {"gaussian_size": features.shape[-1] // 2} | config
         defaults = {
-            "gaussian_block": 2 if several and config["gaussian_size"] % 4 == 0 else 1,
-            "gaussian_channels": min(88 if several else 140, features.shape[1]),
+            "gaussian_block": config["gaussian_size"] // 2 if several and config["gaussian_size"] % 2 == 0 else 1,
+            "gaussian_channels": min(192 if several else 140, features.shape[1]),
         }
         model = cls(
             categories=tuple(categories),
@@ -344,7 +344,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         block, size = model.config.gaussian_block, model.config.map_size
         rows, columns = torch.tril_indices(*[model.config.gaussian_channels] * 2)
 
-        names, num_positioned = model.score_types, 3 * len(model.config.timesteps)
+        names = model.score_types
         maps, pooled = raw_maps.new_zeros(len(names), num_scored, size, size, dtype=torch.float32), []
         scores = maps.new_zeros(len(names) + 1, num_scored)
         for label, count in enumerate(counts):
@@ -382,11 +382,14 @@ class NormalityModel(ModelMixin, ConfigMixin):
             distance_maps = [_resize(distances[pooled[-1], kind][scored], size) for kind in ("residual", "feature")]
             raw = torch.cat([raw_maps[label_of[place >= 0] == label].float(), *distance_maps], dim=1)
             moments, z = _Moments.of(raw, reduce), torch.empty_like(raw)
+            # Logits mean the same everywhere, and so do distances under a covariance of each position's own
+            shared = pooled[-1] or block > 1
+            positioned = [True] * 3 * len(model.config.timesteps) + [False] * model.config.discriminator + [shared] * 2
             for k in folds:
                 held_out = fold[scored] == k
-                location, scale = _fit_deviation(moments - _Moments.of(raw[held_out], reduce), num_positioned)
+                location, scale = _fit_deviation(moments - _Moments.of(raw[held_out], reduce), positioned)
                 z[held_out] = (raw[held_out] - location) / scale
-            model.location[label], model.scale[label] = _fit_deviation(moments, num_positioned)
+            model.location[label], model.scale[label] = _fit_deviation(moments, positioned)
 
             # 3. Unit deviation for each combined map, first the parts, then the fused one
             map_scale = raw.new_ones(1, len(names))
@@ -536,16 +539,17 @@ def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.
     return mean.float(), torch.from_numpy(whitening).float().to(mean.device)
 
 
-def _fit_deviation(moments: _Moments, num_positioned: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_deviation(moments: _Moments, positioned: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """Location and deviation at every position of maps with these moments, each [M, h, w].
 
     Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
-    `PRIOR_IMAGES` images: few images say little of any one position. Distances and logits, the maps after the first
-    `num_positioned`, mean the same everywhere already: one location and deviation serves all of their positions.
+    `PRIOR_IMAGES` images: few images say little of any one position. A map that is not positioned means the same
+    everywhere already: one location and deviation serves all of its positions.
     """
     count, means = moments.count, torch.stack([moments.first, moments.second]) / moments.count
     everywhere = means.mean((-2, -1), keepdim=True).expand_as(means)
     means = F.avg_pool2d(means, 3, stride=1, padding=1, count_include_pad=False)
     location, square = (count * means + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
-    location[num_positioned:], square[num_positioned:] = everywhere[:, num_positioned:]
+    alike = ~torch.tensor(positioned)
+    location[alike], square[alike] = everywhere[:, alike]
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
