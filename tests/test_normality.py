@@ -579,7 +579,7 @@ def test_several_categories_share_covariances_among_positions(model, two_categor
 @pytest.mark.parametrize("block", [1, 4])
 def test_distances_under_a_shared_covariance_are_judged_by_position(block):
     features, residuals, raw_maps = GoodImages(seed=3).draw(30)
-    features[..., -2:] = features.mean(0)[..., -2:] + 2 * (features - features.mean(0))[..., -2:]  # spread to the right
+    features[..., -2:] = features.mean(0)[..., -2:] + 2 * (features - features.mean(0))[..., -2:]  # more at the right
     model = fit(features, residuals, raw_maps, gaussian_block=block)
     for maps in (model.location, model.scale):
         assert bool(maps[0, -1].std() > 1e-3) == (block == 4)
