@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
@@ -665,6 +666,9 @@ def draw(rows: list[dict]) -> Figure:
                 color=f"C{number}",
             )
         axis.set(xscale="log", xlabel="latency of one image, ms", ylabel=COLUMNS[name][0])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.margins(y=0.08)
 
