@@ -89,23 +89,21 @@ def score_images(
     pipeline: RADPipeline,
     images: list[dict[str, Any]],
     map_size: int = 256,
-    infer_category: bool = False,
     batch_size: int = 4,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Maps [N, map_size, map_size] and scores [N] of each score type, and the decisions.
+    """Maps [N, map_size, map_size] and scores [N] of each score type.
 
     Args:
-        images: From `test_images` or `pasted_defects`.
-        infer_category: Let the pipeline guess each category.
+        images: From `test_images` or `pasted_defects`; the pipeline guesses the categories that it does not know.
         kwargs: Further arguments of the pipeline.
     """
     pipeline.set_progress_bar_config(disable=True)
     known = [] if pipeline.normality is None else pipeline.normality.config.categories
-    maps, scores, alarms, categories = {}, {}, [], []
+    maps, scores = {}, {}
     for start in tqdm(range(0, len(images), batch_size), desc="Scoring"):
         batch = images[start : start + batch_size]
-        named = not infer_category and all(item["category"] in known for item in batch)
+        named = all(item["category"] in known for item in batch)
         output = pipeline(
             [item["image"] for item in batch],
             class_labels=[item["category"] for item in batch] if named else None,
@@ -116,14 +114,9 @@ def score_images(
             maps.setdefault(name, []).append(resized)
         for name, values in output.scores.items():
             scores.setdefault(name, []).append(values)
-        if output.is_anomalous is not None:
-            alarms.append(output.is_anomalous)
-            categories += output.category
     return {
         "maps": {name: np.concatenate(m) for name, m in maps.items()},
         "scores": {name: np.concatenate(s) for name, s in scores.items()},
-        "alarms": np.concatenate(alarms) if alarms else None,
-        "categories": categories,
     }
 
 
@@ -188,7 +181,10 @@ class PastedDataset(AnomalyDataset):
         self.masks = [item["mask"] for item in images]
 
     def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
-        return self.masks[index]
+        mask = self.masks[index]
+        if mask is None or size is None or mask.shape == size:
+            return mask
+        return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,7 @@ def score_dataset(
     pipeline.set_progress_bar_config(disable=True)
     known = [] if pipeline.normality is None else pipeline.normality.config.categories
     settings = {"map_size": map_size, "at_resolution": at_resolution, **dict(sorted(kwargs.items()))}
-    fingerprint = _fingerprint(pipeline, settings)
+    common = fingerprint(pipeline, settings)
     batches = []
     for category in sorted({dataset.samples[i].category for i in indices}):
         members = [i for i in indices if dataset.samples[i].category == category]
@@ -283,7 +279,7 @@ def score_dataset(
         images, masks = [dataset[i].image for i in batch], [dataset.mask(i, (map_size, map_size)) for i in batch]
         paths = []
         for image, mask in zip(images, masks, strict=True):
-            key = fingerprint.copy()
+            key = common.copy()
             content = image.read_bytes() if isinstance(image, Path) else RADImageProcessor().decode(image).tobytes()
             for part in (content, b"" if mask is None else mask.tobytes(), str(given).encode()):
                 key.update(hashlib.sha256(part).digest())
@@ -321,7 +317,7 @@ def score_dataset(
     return [_read_record(folder / names[i], i, dataset.samples[i]) for i in indices]
 
 
-def _fingerprint(pipeline: RADPipeline, settings: dict[str, Any]) -> "hashlib._Hash":
+def fingerprint(pipeline: RADPipeline, settings: Any) -> "hashlib._Hash":
     """A hash, to be continued, of all that maps depend on beside the image: code, configuration, weights, settings."""
     digest = hashlib.sha256(f"{__version__} {json.dumps(settings, sort_keys=True)}".encode())
     parts = {"pipeline": pipeline, "image_processor": pipeline.image_processor, **pipeline.components}

@@ -321,11 +321,11 @@ class RADPipeline(DiffusionPipeline):
             image: One image or a list; see `RADImageProcessor.decode` for what is accepted.
             timesteps: Steps of the full chain on the respaced one; by default those of the normality model, which
                 calibrated scores are fitted to, or RAN's 20, 201, 401.
-            num_noise_samples: Noise draws at each timestep, antithetic pairs from two on. Calibrated KL and RGB scores
-                are in units of good images under the draws they were fitted with: other draws shift them.
+            num_noise_samples: Noise draws at each timestep, antithetic pairs from two on. Calibrated KL, RGB and
+                residual scores are in units of good images under the draws they were fitted with: others shift them.
             class_labels: Category of each image, or one for all, by name or number; by default the category whose good
                 images each one resembles most.
-            mode: "calibrated" (units of good-image deviation; KL, feature error and Mahalanobis distances fused) or
+            mode: "calibrated" (units of good-image deviation; the maps of `NormalityModel` fused by its weights) or
                 "paper" (RAN to the letter: per-image z-scores, alpha = 0.5, no smoothing).
             score_type: Which map decides: "fused", "pixel" (KL), "feature" (error), "residual" (Mahalanobis distance
                 of what the prediction of features leaves), "mahalanobis" (of the features), "discriminator" or "rgb".
@@ -497,7 +497,7 @@ class RADPipeline(DiffusionPipeline):
     ) -> None:
         """Trains a discriminator, from the present one if there is one, on good images with artificial defects
         (`paste_defects`). What good images look like changes with it: call `fit_normality` afterwards. Where there are
-        several processes, each does the same.
+        several processes, each does the same, as far as the device rounds alike.
 
         Args:
             images: Good images, at least two.

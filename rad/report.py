@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
@@ -156,10 +157,10 @@ def defects_table(results: dict[str, Any], category: str) -> Table:
 
 def decisions_table(title: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> Table:
     """False alarms at each requested rate beside what chance allows, and what is found."""
-    few = min(t["num_scores"] for t in results["thresholds"].values())
+    few = " or ".join(map(str, sorted({t["num_scores"] for t in results["thresholds"].values()})))
     note = (
         "If the requested rate holds, the number of false alarms lies in the interval with a probability of 95 % or "
-        "more (binomial). The last but one column also counts in that thresholds themselves rest on no more than "
+        "more (binomial). The last but one column also counts in that thresholds themselves rest on "
         f"{few} good images (beta-binomial)."
     )
     columns = ["requested rate", "false alarms", "95 % interval", "inside", "thresholds counted in", "defective found"]
@@ -187,14 +188,14 @@ def published_table(results: dict[str, Any]) -> Table:
         for name, (auroc, pro) in PUBLISHED[results["published"]].items()
     ]
     mean, names = results["scores"]["fused"]["mean"], set(results["categories"])
-    same = names == MVTEC_AD
+    same = names == MVTEC_AD and not results["arguments"]["pasted_defects"]
     data = "this run, MVTec-AD" if same else "this run, OTHER DATA"
     ours = [f"{100 * mean[name]:.1f}" if name in mean else "-" for name in ("pixel_auroc", "aupro")]
     note = f"Pixel AUROC and PRO (FPR ≤ 0.3) in percent, {results['published']}, mean over categories."
     if not same:
         note += (
-            " The published rows are of MVTec-AD's 15 categories and this run is not, so its row can not be compared "
-            "with theirs."
+            " The published rows are of the test images of MVTec-AD's 15 categories and this run is not, so its row "
+            "can not be compared with theirs."
         )
     elif results["arguments"]["max_test_samples"]:
         note += " This run took some of the test images only."
@@ -358,8 +359,8 @@ def draw_figures(
 
 
 def _plain(text: str) -> str:
-    """For Markdown: one line, no HTML, no end of a cell."""
-    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+    """For Markdown: one line, no HTML, no end of a cell, no link or other mark."""
+    return " ".join(re.sub(r"([\\|`*_\[\]])", r"\\\1", escape(text, quote=False)).split())
 
 
 STYLE = """

@@ -204,10 +204,14 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
 
 def test_raw_maps_of_other_weights_or_settings_are_not_taken(folder):
     pipeline = RADPipeline.from_pretrained(folder / "model")
-    before = ablate.fingerprint(pipeline, [1])
-    assert ablate.fingerprint(pipeline, [1]) == before != ablate.fingerprint(pipeline, [2])
+    before, same, other = (ablate.fingerprint(pipeline, settings).hexdigest() for settings in ([1], [1], [2]))
+    assert before == same != other
     pipeline.normality.location[0, 0, 0, 0] += 1
-    assert ablate.fingerprint(pipeline, [1]) != before
+    assert ablate.fingerprint(pipeline, [1]).hexdigest() != before
+    pipeline.normality.location[0, 0, 0, 0] -= 1
+    assert ablate.fingerprint(pipeline, [1]).hexdigest() == before
+    pipeline.register_to_config(num_noise_samples=2)
+    assert ablate.fingerprint(pipeline, [1]).hexdigest() != before
 
 
 def test_tables_go_into_a_page(tmp_path, results):

@@ -351,12 +351,13 @@ def test_a_folder_is_searched_with_its_subfolders(tmp_path):
     assert not dataset.mask(0).any() and dataset.mask(0).shape == (6, 8)
 
 
-def test_a_folder_has_no_test_split_and_no_categories(tmp_path):
+def test_a_folder_has_no_test_split_and_no_category_but_its_own_name(tmp_path):
     write_image(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no 'test' split: expected the folder good .* found no folders"):
         load_dataset(tmp_path, "folder", "test")
     with pytest.raises(ValueError, match="no categories"):
         load_dataset(tmp_path, "folder", "train", ["nut"])
+    assert len(load_dataset(tmp_path, "folder", "train", [tmp_path.name])) == 1
 
 
 @pytest.fixture

@@ -95,6 +95,14 @@ def test_learns_to_find_what_stands_out():
     assert not model.training
 
 
+@pytest.mark.parametrize("num_steps", [1, 4, 20, 21])
+def test_any_number_of_steps(num_steps):
+    model, losses = RADDiscriminator(stage_channels=(4,), widths=(8,)), []
+    batches = itertools.repeat(([torch.randn(2, 4, 8, 8)], torch.ones(2, 8, 8)))
+    model.fit(batches, num_steps, progress=losses.append)
+    assert len(losses) == num_steps and np.isfinite(losses).all()
+
+
 @pytest.fixture
 def with_discriminator(small_pipeline_without_normality, good_images) -> RADPipeline:
     """After two steps."""

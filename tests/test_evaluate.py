@@ -173,9 +173,9 @@ def test_the_report_stands_alone_and_escapes_names(whole):
 def test_names_can_not_break_a_markdown_table(whole):
     from rad.report import Table
 
-    table = Table("a\n# b", "", ["name", "value"], [["<b>|\nx", "1"]])
+    table = Table("a\n# b", "", ["name", "value"], [["<b>|\nx", "![](https://a.b/c_d.png)"]])
     assert table.to_markdown().splitlines()[0] == "## a # b"
-    assert table.to_markdown().splitlines()[-1] == "| &lt;b&gt;\\| x | 1 |"
+    assert table.to_markdown().splitlines()[-1] == r"| &lt;b&gt;\| x | !\[\](https://a.b/c\_d.png) |"
     assert "| fused | " in (whole / "results.md").read_text()
 
 
@@ -321,8 +321,9 @@ def test_a_model_for_each_category(model, data_dir, tmp_path):
 
 
 def test_defects_pasted_on_training_images(model, data_dir, tmp_path):
-    results = run(model, data_dir, tmp_path, "--pasted_defects", "4", "--category", "brick", "--restore", "1")
-    assert results["num_good"] == results["num_anomalous"] == 4
+    more = ("--pasted_defects", "4", "--category", "brick", "--restore", "1", "--figures", "--map_size", "48")
+    results = run(model, data_dir, tmp_path, *more)
+    assert results["num_good"] == results["num_anomalous"] == 4 and results["alpha_sweep"]["0.5"]["aupro"] > 0
     assert results["restoration"]["num_images"] == 1 and 0 < results["restoration"]["psnr_outside_mask_median_db"]
 
 

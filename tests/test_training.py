@@ -493,6 +493,7 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
         (["--dataset_format", "mtd"], "not in MTD layout"),
         (["--holdout_fraction", "1.5"], "must lie in 0 .. 1"),
         (["--train_batch_size", "0"], "must be at least 1"),
+        (["--discriminator_steps", "-5"], "--discriminator_steps must be at least 0"),
         (["--fit_only", "--resolution", "128"], "--resolution has no use"),
         (["--fit_only", "--resume_from_checkpoint", "latest"], "--resolution has no use"),
         (["--hub_tok", "hf_secret"], "unrecognized arguments"),

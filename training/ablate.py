@@ -13,7 +13,6 @@ One pass over the images stores all raw maps on disk, so that an interrupted run
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 import sys
@@ -37,7 +36,7 @@ from train import split_holdout
 
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
-from rad.evaluation import METRICS, evenly, pasted_defects, test_images
+from rad.evaluation import METRICS, evenly, fingerprint, pasted_defects, test_images
 from rad.metrics import image_auroc, pixel_metrics
 from rad.models.normality import GLOBAL, NormalityModel, stack_raw_maps
 from rad.pipeline_rad import EMBEDDED_MODELS
@@ -304,17 +303,6 @@ def store(
     accelerator.wait_for_everyone()
     labels = [categories.index(item["category"]) for item in images]
     return RawMaps(images, folder, labels, list(range(len(images))))
-
-
-def fingerprint(pipeline: RADPipeline, settings: list) -> str:
-    """Of all weights and of whatever else the raw maps depend on."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, torch.nn.Module):
-            digest.update(f"{name} {dict(component.config)}".encode())
-            for tensor in component.state_dict().values():
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
 
 
 def refit(
@@ -794,10 +782,10 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         check_classes([images[i] for i in picked[name]], f"{name} images to compare draws on")
 
     # 2. Raw maps, each with the Gaussians of its set
-    files = [str(sample.image) for sample in [*test_set.samples, *dataset.samples]]
+    files = [(str(sample.image), sample.image.stat().st_size) for sample in [*test_set.samples, *dataset.samples]]
     settings = [files, further, args.max_draws, args.num_seeds, args.max_draw_samples, args.max_test_samples]
     settings += [args.max_good_samples, args.holdout_fraction, args.max_train_samples, args.seed, args.batch_size]
-    folder = Path(args.raw_dir or output_dir / "raw") / fingerprint(pipeline, settings)
+    folder = Path(args.raw_dir or output_dir / "raw") / fingerprint(pipeline, settings).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()

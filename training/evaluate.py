@@ -83,15 +83,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help=(
-            "Measure on N good training images, each also with a pasted defect, and leave the test set alone: "
-            "for choosing settings."
+            "Measure on N good training images, each also with a pasted defect, and leave the test set alone. The "
+            "model has seen them: to choose settings, use ablate.py."
         ),
     )
     parser.add_argument("--num_noise_samples", type=int)
     parser.add_argument("--false_alarm_rate", type=float, default=0.01, help="Of the verdicts in the report.")
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
     parser.add_argument("--figures", action="store_true", help="Also draw the paper's figures; scores in paper mode.")
-    parser.add_argument("--restore", type=int, default=0, metavar="N", help="Also restore N anomalous images.")
+    parser.add_argument(
+        "--restore", type=int, default=0, metavar="N", help="Also restore N anomalous images, of each model."
+    )
     parser.add_argument("--max_test_samples", type=int, help="Measure on this many images, evenly picked.")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -209,6 +211,8 @@ def score(
     """Scores images that one pipeline is for, and adds what was found."""
     common = {"folder": Path(args.output_dir) / "records", "batch_size": args.batch_size, "seed": args.seed}
     common |= {"infer_category": args.infer_category, "num_noise_samples": args.num_noise_samples}
+    if pipeline.normality is None and args.restore:
+        raise ValueError(f"--restore needs statistics of good images, and {args.model} has none.")
     records = score_dataset(pipeline, dataset, indices, map_size=args.map_size, mode=args.mode, **common)
     bad, normality = [record for record in records if record.label and record.has_mask], pipeline.normality
     if args.mode == "calibrated":
@@ -277,7 +281,7 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
     curves = {c: {n: rows[n, c]["curves"] for n in score_types if rows[n, c]["curves"]} for c in categories}
 
     # 2. What was asked for beside them
-    if found.records[0].used_category is not None:
+    if args.infer_category and found.records[0].used_category is not None:
         hits = [record.used_category == record.category for record in found.records]
         results["category_accuracy"] = float(np.mean(hits))
     if found.restorations:
@@ -318,7 +322,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     threads = f"processes: {state.num_processes}, threads: {torch.get_num_threads()}"
     results = {
         "data": Path(args.data_dir or args.dataset_name).name,
-        "arguments": vars(args),
+        # Reports are passed on: they name folders, not where these are
+        "arguments": {k: Path(v).name if os.path.isabs(str(v)) else v for k, v in vars(args).items()},
         "published": list(PUBLISHED)[args.unified] if args.unified or args.mode == "paper" else None,
         "versions": {"rad": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     ProjectConfiguration,
+    broadcast,
     get_int_from_env,
     is_tensorboard_available,
     is_trackio_available,
@@ -209,6 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --train_data_dir or --dataset_name.")
     if args.max_train_steps and args.num_train_epochs:
         parser.error("give either --max_train_steps or --num_train_epochs.")
+    if args.discriminator_steps < 0:
+        parser.error(f"--discriminator_steps must be at least 0, got {args.discriminator_steps}.")
     starts = ("pretrained_model_name_or_path", "init_from", "model_config")
     given = [f"--{name}" for name in starts if getattr(args, name)]
     if len(given) > 1:
@@ -859,6 +862,8 @@ def main(args: argparse.Namespace) -> None:
             num_steps=args.discriminator_steps,
             seed=args.seed,
         )
+        for tensor in pipeline.discriminator.state_dict().values():  # GPUs do not round alike
+            broadcast(tensor)
         logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
 
     # 4. Normality

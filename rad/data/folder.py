@@ -21,12 +21,12 @@ def load_folder(root: Path, split: str, categories: list[str] | None = None) -> 
     """Images under `root` as samples of `split` ("train" or "test") and of one category, named after the folder.
 
     Raises:
-        ValueError: Asked for categories, or for a test split without defects; or the folder holds two folders of good
-            images, or is a data set in another layout or one category of it, whose test images are no good ones.
+        ValueError: Asked for other categories, or for a test split without defects; or the folder holds two folders of
+            good images, or is a data set in another layout or one category of it, whose test images are no good ones.
     """
-    if categories:
-        raise ValueError(f"{root} is a plain folder of images: it has no categories.")
     category, folders = root.resolve().name, subfolders(root)
+    if categories and categories != [category]:
+        raise ValueError(f"{root} is a plain folder of images: it has no categories but {category!r}, its own name.")
     good = [folder for folder in folders if folder.name.lower() in GOOD_FOLDERS]
     defects = [folder for folder in folders if folder not in (*good, root / "ground_truth")]
     if len(good) > 1:

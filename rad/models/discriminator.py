@@ -69,7 +69,8 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
             progress: Called with the loss after each step.
         """
         optimizer = torch.optim.AdamW(self.parameters(), learning_rate, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=0.05)
+        rise = 0.05 if num_steps > 20 else 0.3  # the scheduler divides by its steps less one
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=rise)
         self.train()
         for _ in range(num_steps):
             stages, mask = next(batches)
