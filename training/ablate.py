@@ -38,7 +38,7 @@ from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
 from rad.evaluation import METRICS, evenly, fingerprint, pasted_defects, test_images
 from rad.metrics import image_auroc, pixel_metrics
-from rad.models.normality import GLOBAL, NormalityModel, stack_raw_maps
+from rad.models.normality import FUSED, GLOBAL, NormalityModel, stack_raw_maps
 from rad.pipeline_rad import EMBEDDED_MODELS
 
 RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # 20, 48, 100, 201, 301, 401 and 602 of the full chain
@@ -382,6 +382,27 @@ def ablate_score(x: Evaluation) -> Rows:
         yield (TITLES.get(name, name),), name == "fused", [(maps.get(name), scores)]
 
 
+def ablate_weights(x: Evaluation) -> Rows:
+    maps, normality = calibrated(x), copy.deepcopy(x.normality)
+
+    def settings(weights: tuple[float, ...], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+        written = ", ".join(f"{weight:g}" for weight in weights)
+        found = {f"as they are: {written}": tuple(weights)}
+        for i, name in enumerate(names):
+            if weights[i] and (name == GLOBAL or name in maps):
+                found[f"without {TITLES[name]}"] = (*weights[:i], 0.0, *weights[i + 1 :])
+        return found | {"all 1": (1.0,) * len(weights)}
+
+    for setting, weights in settings(normality.config.weights, FUSED).items():
+        fused = sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True) if name in maps)
+        default = setting.startswith("as they are")
+        yield ("the map", setting), default, [(fused, top_mean(fused, normality.config.top_k))]
+    for setting, weights in settings(normality.config.image_weights, (*FUSED, GLOBAL)).items():
+        normality.register_to_config(image_weights=weights)
+        scores = normality.image_scores(maps, x.images.labels, global_distance=x.images.load("global"))
+        yield ("the image score", setting), setting.startswith("as they are"), [(None, scores)]
+
+
 def ablate_timesteps(x: Evaluation) -> Rows:
     own, top_k = list(x.normality.config.timesteps), x.normality.config.top_k
 
@@ -512,6 +533,14 @@ ABLATIONS = {
         "How good is each score alone, and what does fusing them give?",
         ("score",),
         ablate_score,
+        False,
+    ),
+    "weights": Ablation(
+        "Weights",
+        "What does each map add to the fused map, and each to the image score? The weights are those of "
+        "{weights}; the image score has one more, of the whole image's score.",
+        ("of", "weights"),
+        ablate_weights,
         False,
     ),
     "timesteps": Ablation(
@@ -725,7 +754,9 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
     ]
     for name, table in tables.items():
         ablation = ABLATIONS[name]
-        question = ablation.question.format(map_size=facts["map_size"])
+        question = ablation.question.format(
+            map_size=facts["map_size"], weights=", ".join(TITLES[name] for name in FUSED)
+        )
         lines += [f"## {ablation.title}", question, table, f"![{ablation.title}]({name}.png)"]
     write(folder / "ablations.md", "\n\n".join(lines) + "\n")
     if args.page:
