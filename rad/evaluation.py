@@ -125,12 +125,14 @@ def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
     maps = {}
     for name in (name for name in output.scores if name != GLOBAL):
         own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
-        resized = [
-            F.interpolate(torch.from_numpy(m)[None, None], (size, size), mode="bilinear", antialias=True)
-            for m in own_size
-        ]
-        maps[name] = torch.cat(resized)[:, 0].numpy().astype(np.float32)
+        maps[name] = np.stack([resize_map(m, size) for m in own_size])
     return maps
+
+
+def resize_map(own_size: np.ndarray, size: int) -> np.ndarray:
+    """A map [h, w] as float32 [size, size]."""
+    own_size = torch.from_numpy(own_size)[None, None].float()
+    return F.interpolate(own_size, (size, size), mode="bilinear", antialias=True)[0, 0].numpy()
 
 
 def measure(images: list[dict], maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -332,6 +334,13 @@ def fingerprint(pipeline: RADPipeline, settings: Any) -> "hashlib._Hash":
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest
+
+
+def write(path: Path, text: str) -> None:
+    """The file is there as a whole or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _open(path: Path) -> safe_open:

@@ -36,7 +36,7 @@ from train import split_holdout
 
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
-from rad.evaluation import METRICS, evenly, fingerprint, pasted_defects, test_images
+from rad.evaluation import METRICS, evenly, fingerprint, pasted_defects, resize_map, test_images, write
 from rad.metrics import image_auroc, pixel_metrics
 from rad.models.normality import FUSED, GLOBAL, NormalityModel, stack_raw_maps
 from rad.pipeline_rad import EMBEDDED_MODELS
@@ -615,9 +615,8 @@ def measure(
             masked = [i for i in members if x.images[i]["mask"] is not None]
             own_size = pipeline.image_processor.resize_map(maps[masked], [sizes[i] for i in masked])
             resized = np.empty((len(masked), map_size, map_size), np.float32)
-            for m, target in zip(own_size, resized, strict=True):
-                m = torch.from_numpy(m)[None, None]
-                target[:] = F.interpolate(m, target.shape, mode="bilinear", antialias=True)[0, 0].numpy()
+            for i, m in enumerate(own_size):
+                resized[i] = resize_map(m, map_size)
             row |= pixel_metrics(resized, np.stack([x.images[i]["mask"] for i in masked]), (0.3,))
         found.append(row)
     return {name: float(np.mean([row[name] for row in found])) for name in METRICS if name in found[0]}
@@ -714,13 +713,6 @@ def draw_bars(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> No
     axis.set_xticks(np.arange(0, 1.01, 0.2))
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def insert(page: str, marker: str, text: str) -> str:

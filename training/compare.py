@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, load_dataset
 from rad.data.batches import from_uint8, to_uint8
-from rad.evaluation import measure, test_images
+from rad.evaluation import measure, resize_map, test_images
 from rad.models.normality import GLOBAL
 from rad.pipeline_rad import EMBEDDED_MODELS
 
@@ -570,10 +570,7 @@ def score(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None
         peak_memory()
         for item in tqdm(items, desc=f"Scoring, {method}"):
             for title, (own_size, value) in peer.score(item).items():
-                resized = F.interpolate(
-                    torch.from_numpy(own_size)[None, None], (args.map_size,) * 2, mode="bilinear", antialias=True
-                )
-                maps.setdefault(title, []).append(resized[0, 0].numpy())
+                maps.setdefault(title, []).append(resize_map(own_size, args.map_size))
                 scores.setdefault(title, []).append(value)
         memory = peak_memory()
         accuracy = {title: measure(items, np.stack(maps[title]), np.array(scores[title])) for title in maps}

@@ -40,6 +40,7 @@ from rad.evaluation import (
     measure_records,
     pasted_defects,
     score_dataset,
+    write,
 )
 from rad.metrics import psnr
 from rad.models.normality import GLOBAL
@@ -177,13 +178,6 @@ def share(jobs: list, work: Callable[[Any], Any], description: str) -> list:
     own = list(enumerate(jobs))[state.process_index :: state.num_processes]
     progress = tqdm(own, description, disable=not state.is_local_main_process)
     return [found for _, found in sorted(gather_object([(i, work(job)) for i, job in progress]), key=lambda x: x[0])]
-
-
-def write(path: Path, text: str) -> None:
-    """The file is there as a whole or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 @dataclass

@@ -72,7 +72,11 @@ class AnomalyDataset(Dataset):
         sample = self[index]
         if not sample.label:
             if size is None:
-                size = (sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)).size[::-1]
+                size = (
+                    sample.image
+                    if isinstance(sample.image, Image.Image)
+                    else Image.open(sample.image, formats=FORMATS)
+                ).size[::-1]
             return np.zeros(size, dtype=bool)
         if sample.mask is None:
             return None
