@@ -43,7 +43,7 @@ from rad import RADPipeline
 from rad.data import DATASET_FORMATS, load_dataset
 from rad.data.batches import from_uint8, to_uint8
 from rad.evaluation import measure, resize_map, test_images
-from rad.models.normality import GLOBAL
+from rad.models.normality import GLOBAL, inverse_cholesky
 from rad.pipeline_rad import EMBEDDED_MODELS
 
 COLUMNS = {  # of the table: heading, and how a value is written
@@ -248,8 +248,7 @@ class PaDiM(Peer):
         for m, square in zip(mean.split(256), squares.split(256), strict=True):
             covariance = (square - len(images) * m[:, :, None] * m[:, None, :]) / (len(images) - 1)
             covariance.diagonal(dim1=1, dim2=2).add_(0.01)
-            inverse_root = np.linalg.inv(np.linalg.cholesky(covariance.cpu().numpy()))
-            whitening.append(torch.from_numpy(inverse_root).float())
+            whitening.append(torch.from_numpy(inverse_cholesky(covariance.cpu().numpy())).float())
         self.register_buffer("mean", mean.float()[..., None])
         self.register_buffer("whitening", torch.cat(whitening).to(mean.device))
 

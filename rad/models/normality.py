@@ -10,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from scipy.stats import binomtest
 from sklearn.covariance import ledoit_wolf
+from threadpoolctl import threadpool_limits
 
 SCORE_TYPES = ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator")
 FUSED = ("pixel", "feature", "residual", "mahalanobis", "discriminator")
@@ -509,8 +510,7 @@ def _fit_summaries(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     mean = torch.stack([x[labels == k].mean(0) for k in categories])
     std = torch.stack([x[labels == k].std(0, correction=0) for k in categories]).clamp_min(1e-3)
     covariance, _ = ledoit_wolf(((x - mean[labels]) / std[labels]).numpy(), assume_centered=True)
-    whitening = np.linalg.inv(np.linalg.cholesky(covariance + 0.01 * np.eye(len(covariance))))
-    return mean, std, torch.from_numpy(whitening)
+    return mean, std, torch.from_numpy(inverse_cholesky(covariance + 0.01 * np.eye(len(covariance))))
 
 
 def _distance(deviations: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
@@ -520,6 +520,13 @@ def _distance(deviations: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor
     side = size // blocks
     squares = (whitening @ _blocks(deviations, blocks)).square().sum(1).view(blocks, blocks, number, side, side)
     return squares.permute(2, 0, 3, 1, 4).reshape(number, size, size).clamp_min(1e-12).sqrt()
+
+
+def inverse_cholesky(covariance: np.ndarray) -> np.ndarray:
+    """Matrices W [..., n, n] for which W^T W is the inverse of each covariance [..., n, n]."""
+    # OpenBLAS's threads wait for each other over small matrices: several can be 50 times as slow as one
+    with threadpool_limits(1, "blas"):
+        return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
 def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -535,8 +542,8 @@ def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.
     covariance = (second / count - means @ means.mT) / means.shape[-1]
     covariance = covariance.lerp(covariance.mean(0), PRIOR_IMAGES / (count + PRIOR_IMAGES))
     covariance.diagonal(dim1=1, dim2=2).add_(0.01)
-    whitening = np.linalg.inv(np.linalg.cholesky(covariance.cpu().numpy()))
-    return mean.float(), torch.from_numpy(whitening).float().to(mean.device)
+    whitening = torch.from_numpy(inverse_cholesky(covariance.cpu().numpy()))
+    return mean.float(), whitening.float().to(mean.device)
 
 
 def _fit_deviation(moments: _Moments, positioned: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
