@@ -38,7 +38,7 @@ SMALL += [
     "--logging_steps",
     "1",
     "--discriminator_steps",
-    "2",
+    "0",
 ]
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
 
@@ -103,7 +103,9 @@ def scalars(folder: Path) -> dict[str, list[float]]:
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory):
     """A run that nothing interrupts."""
-    return train_on(data_dir, tmp_path_factory.mktemp("whole"), *STEPS, "--report_to", "tensorboard")
+    return train_on(
+        data_dir, tmp_path_factory.mktemp("whole"), *STEPS, "--report_to", "tensorboard", "--discriminator_steps", "2"
+    )
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_latest_starts_afresh_where_there_is_no_checkpoint(data_dir, tmp_path, c
 
 
 def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
-    flags = [*STEPS, "--train_batch_size", "4", "--report_to", "tensorboard"]
+    flags = [*STEPS, "--train_batch_size", "4", "--report_to", "tensorboard", "--discriminator_steps", "2"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", "training/accelerate_configs/multi_cpu.yaml"]
     result = subprocess.run(

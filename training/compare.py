@@ -752,7 +752,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         report({})  # without latencies yet
 
     # 3. Time them side by side
-    rows = report(in_a_process(time_in_turns, categories, args))
+    rows = report(time_in_turns(categories, args))
     draw(rows).savefig(folder / "comparison.png")
     print((folder / "results.md").read_text())
     return rows

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from scipy.linalg.lapack import dtrtri
 from scipy.stats import binomtest
 from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
@@ -526,7 +527,10 @@ def inverse_cholesky(covariance: np.ndarray) -> np.ndarray:
     """Matrices W [..., n, n] for which W^T W is the inverse of each covariance [..., n, n]."""
     # OpenBLAS's threads wait for each other over small matrices: several can be 50 times as slow as one
     with threadpool_limits(1, "blas"):
-        return np.linalg.inv(np.linalg.cholesky(covariance))
+        roots = np.linalg.cholesky(covariance)
+        for index in np.ndindex(roots.shape[:-2]):
+            roots[index] = dtrtri(roots[index], lower=True)[0]
+    return roots
 
 
 def _fit_gaussian(moments: _Moments, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
