@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
     parser.add_argument("--batch_size", type=int, default=4, help="Images in one pass.")
     parser.add_argument("--output_dir", required=True, help="ablations.json, ablations.md and the figures go here.")
-    parser.add_argument("--raw_dir", help="The raw maps go here, about 1 MB an image; by default --output_dir/raw.")
+    parser.add_argument("--raw_dir", help="The raw maps go here, about 2 MB an image; by default --output_dir/raw.")
     parser.add_argument(
         "--page",
         help="Also put each table into this Markdown file, between <!-- NAME ABLATION --> and <!-- end -->; NAME is "
@@ -290,14 +290,14 @@ def store(
     batch_size: int,
     compute: Callable[[list[dict]], dict[str, torch.Tensor]],
 ) -> RawMaps:
-    """Computes the batches that are not in the folder yet, every process its share, in half precision."""
+    """Computes the batches that are not in the folder yet, every process its share."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), batch_size)[accelerator.process_index :: accelerator.num_processes]
     for start in tqdm(starts, desc=f"Scoring, {folder.name}", disable=not accelerator.is_local_main_process):
         path = folder / f"{start:06d}.safetensors"
         if not path.exists():
             tensors = compute(images[start : start + batch_size])
-            tensors = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in tensors.items()}
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             save_file(tensors, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
     accelerator.wait_for_everyone()
@@ -352,7 +352,7 @@ def fit_statistics(good: RawMaps, raw: torch.Tensor, categories: list[str], time
     """
     features, residuals = good.load("features"), good.load("residuals")
     channels = min(8, features.shape[1])
-    return NormalityModel.fit(
+    model = NormalityModel.fit(
         features,
         residuals,
         features.mean((2, 3)),  # in place of summaries, likewise
@@ -363,6 +363,7 @@ def fit_statistics(good: RawMaps, raw: torch.Tensor, categories: list[str], time
         gaussian_size=2,
         gaussian_channels=channels,
     )
+    return model.half().float()  # saved in half precision, as the pipeline's own
 
 
 def deviations(model: NormalityModel, raw: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, ...]:
@@ -386,6 +387,7 @@ def ablate_weights(x: Evaluation) -> Rows:
     maps, normality = calibrated(x), copy.deepcopy(x.normality)
 
     def settings(weights: tuple[float, ...], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+        """The default first."""
         written = ", ".join(f"{weight:g}" for weight in weights)
         found = {f"as they are: {written}": tuple(weights)}
         for i, name in enumerate(names):
@@ -393,14 +395,16 @@ def ablate_weights(x: Evaluation) -> Rows:
                 found[f"without {TITLES[name]}"] = (*weights[:i], 0.0, *weights[i + 1 :])
         return found | {"all 1": (1.0,) * len(weights)}
 
-    for setting, weights in settings(normality.config.weights, FUSED).items():
-        fused = sum(weight * maps[name] for weight, name in zip(weights, FUSED, strict=True) if name in maps)
-        default = setting.startswith("as they are")
-        yield ("the map", setting), default, [(fused, top_mean(fused, normality.config.top_k))]
-    for setting, weights in settings(normality.config.image_weights, (*FUSED, GLOBAL)).items():
+    of_map = settings(normality.config.weights, FUSED)
+    for setting, weights in of_map.items():
+        normality.register_to_config(weights=weights)
+        fused = normality.calibrate(x.images.load("raw"), x.images.labels)["fused"]
+        yield ("the map", setting), setting == next(iter(of_map)), [(fused, top_mean(fused, normality.config.top_k))]
+    of_score = settings(normality.config.image_weights, (*FUSED, GLOBAL))
+    for setting, weights in of_score.items():
         normality.register_to_config(image_weights=weights)
         scores = normality.image_scores(maps, x.images.labels, global_distance=x.images.load("global"))
-        yield ("the image score", setting), setting.startswith("as they are"), [(None, scores)]
+        yield ("the image score", setting), setting == next(iter(of_score)), [(None, scores)]
 
 
 def ablate_timesteps(x: Evaluation) -> Rows:
@@ -614,9 +618,7 @@ def measure(
         if maps is not None:
             masked = [i for i in members if x.images[i]["mask"] is not None]
             own_size = pipeline.image_processor.resize_map(maps[masked], [sizes[i] for i in masked])
-            resized = np.empty((len(masked), map_size, map_size), np.float32)
-            for i, m in enumerate(own_size):
-                resized[i] = resize_map(m, map_size)
+            resized = np.stack([resize_map(m, map_size) for m in own_size])
             row |= pixel_metrics(resized, np.stack([x.images[i]["mask"] for i in masked]), (0.3,))
         found.append(row)
     return {name: float(np.mean([row[name] for row in found])) for name in METRICS if name in found[0]}
