@@ -113,19 +113,36 @@ class RADImageProcessor:
         Raises:
             ValueError: `map` is not a finite `[H, W]` of the image's size, or not vmin < vmax, both finite.
         """
-        from matplotlib import colormaps
-
-        if map.shape != (image.height, image.width) or not np.isfinite(map).all():
-            raise ValueError(
-                f"The map must be finite and {(image.height, image.width)} as the image, not {map.shape}."
-            )
-        if not 0 < vmax - vmin < float("inf"):
-            raise ValueError(f"vmin ({vmin}) must be below vmax ({vmax}), both finite.")
-        heat = ((map.astype(np.float32) - vmin) / (vmax - vmin)).clip(0, 1)
-        alpha = opacity * heat[..., None]
-        pixels = np.asarray(image.convert("RGB"), np.float32)
-        pixels = (1 - alpha) * pixels + alpha * 255 * colormaps["inferno"](heat)[..., :3]
+        if map.shape != (image.height, image.width):
+            raise ValueError(f"The map must be {(image.height, image.width)} as the image, not {map.shape}.")
+        heat = _heat(map, vmin, vmax)
+        alpha = opacity * heat[..., 3:]
+        pixels = (1 - alpha) * np.asarray(image.convert("RGB"), np.float32) + alpha * 255 * heat[..., :3]
         return Image.fromarray(pixels.round().astype(np.uint8))
+
+    @staticmethod
+    def heat(map: np.ndarray, vmin: float, vmax: float) -> Image.Image:
+        """The heat that `overlay` lays over an image as a layer of its own: RGBA, transparent at `vmin` and below,
+        opaque at `vmax` and above.
+
+        Raises:
+            ValueError: `map` is not a finite `[H, W]`, or not vmin < vmax, both finite.
+        """
+        return Image.fromarray((255 * _heat(map, vmin, vmax)).round().astype(np.uint8))
+
+
+def _heat(map: np.ndarray, vmin: float, vmax: float) -> np.ndarray:
+    """Colours of inferno and an opacity that rises with them, `[H, W, 4]` in [0, 1]."""
+    from matplotlib import colormaps
+
+    if map.ndim != 2 or not np.isfinite(map).all():
+        raise ValueError(f"The map must be [H, W] and finite, not {list(map.shape)}.")
+    if not 0 < vmax - vmin < float("inf"):
+        raise ValueError(f"vmin ({vmin}) must be below vmax ({vmax}), both finite.")
+    heat = ((map.astype(np.float32) - vmin) / (vmax - vmin)).clip(0, 1)
+    colors = colormaps["inferno"](heat)
+    colors[..., 3] = heat
+    return colors
 
 
 def _from_path(path: str | Path) -> Image.Image:

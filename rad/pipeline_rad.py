@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from .data.pasting import artificial_batches
 from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
-from .image_processor import PipelineImageInput, RADImageProcessor
+from .image_processor import ImageInput, PipelineImageInput, RADImageProcessor
 from .model_card import create_model_card
 from .models.discriminator import RADDiscriminator
 from .models.feature_extractor import RADFeatureExtractor
@@ -104,6 +104,29 @@ class RADPipelineOutput(BaseOutput):
     threshold: float | None = None
     false_alarm_interval: tuple[float, float] | None = None
     pixel_threshold: float | None = None
+
+
+@dataclass
+class RADDenoisingOutput(BaseOutput):
+    """One step of the denoiser at each of T timesteps, at the model's resolution S.
+
+    Attributes:
+        timesteps: Steps of the full chain, [T].
+        noise_levels: Standard deviation of the noise in x_t, sqrt(1 - alphas_cumprod), [T] in (0, 1).
+        x_t: The noised image at each timestep, RGB.
+        x0_hat: What the denoiser makes of it, RGB.
+        pixel_map: KL in bits, mean over colour channels, float32 [T, S, S].
+        feature_map: Squared error of the predicted features, mean over channels, float32 [T, g, g].
+        rgb_map: |x0_hat - x_0|, mean over colour channels, float32 [T, S, S].
+    """
+
+    timesteps: list[int]
+    noise_levels: np.ndarray
+    x_t: list[Image.Image]
+    x0_hat: list[Image.Image]
+    pixel_map: np.ndarray
+    feature_map: np.ndarray
+    rgb_map: np.ndarray
 
 
 @dataclass
@@ -312,6 +335,7 @@ class RADPipeline(DiffusionPipeline):
         seed: int = 0,
         batch_size: int = 4,
         output_type: str = "np",
+        map_size: tuple[int, int] | None = None,
     ) -> RADPipelineOutput:
         """Scores images: noise them, denoise one step, compare with the true posterior and with good images.
 
@@ -333,6 +357,9 @@ class RADPipeline(DiffusionPipeline):
             seed: Of the noise; the one `fit_normality` used (0) unless you refit with another.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
             output_type: "np" for NumPy arrays, "pt" for CPU tensors.
+            map_size: Height and width of maps, masks and regions; by default each image's own. At the normality
+                model's `map_size` maps are as they were computed, and `image_processor.resize_map` takes them to any
+                size later.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
@@ -351,6 +378,8 @@ class RADPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be 'np' or 'pt', got {output_type!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if map_size is not None and (len(map_size) != 2 or min(map_size) < 1):
+            raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
         fitted = None if self.normality is None else list(self.normality.config.timesteps)
         timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100]) if timesteps is None else list(timesteps)
         if mode == "calibrated" and timesteps != fitted:
@@ -370,6 +399,7 @@ class RADPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(images)) as progress:
             for start in range(0, len(images), batch_size):
                 x_0, chunk_sizes = self.image_processor.preprocess(images[start : start + batch_size])
+                chunk_sizes = chunk_sizes if map_size is None else [tuple(map_size)] * len(x_0)
                 x_0 = x_0.to(self._execution_device, self.unet.dtype)
                 features, logits, summaries = self._features(x_0)
                 chunk_labels = labels[start : start + batch_size]
@@ -469,20 +499,77 @@ class RADPipeline(DiffusionPipeline):
         if unet_labels is not None:
             unet_labels = unet_labels.repeat_interleave(len(timesteps) * draws)
 
-        x_t = self.scheduler.add_noise(x_0, noise, t)
-        output = self.unet(x_t, t, unet_labels)
-        kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
-
-        residuals = features.float()[:, None] - output.features.float().unflatten(0, (len(features), -1))
+        _, x0_hat, kl, predicted = self._step_back(x_0, noise, unet_labels, t)
+        residuals = features.float()[:, None] - predicted.unflatten(0, (len(features), -1))
         squared = residuals.square()
         if raw_channels:
             squared = squared * self.feature_extractor.channel_std.float().square().view(-1, 1, 1)
         error = squared.mean(2).unflatten(1, (len(timesteps), draws)).mean(2)
         kl, rgb = (
-            m.mean(1).unflatten(0, (len(features), len(timesteps), draws)).mean(2)
-            for m in (kl, (x0_hat - x_0.float()).abs())
+            m.unflatten(0, (len(features), len(timesteps), draws)).mean(2)
+            for m in (kl, (x0_hat - x_0.float()).abs().mean(1))
         )
         return kl, error, rgb, residuals.mean(1)
+
+    def _step_back(
+        self, x_0: torch.Tensor, noise: torch.Tensor, unet_labels: torch.Tensor | None, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noise images, denoise them one step: x_t, x0_hat, KL in bits [B, S, S] and predicted features, float32."""
+        x_t = self.scheduler.add_noise(x_0, noise, t)
+        output = self.unet(x_t, t, unet_labels)
+        kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
+        return x_t, x0_hat, kl.mean(1), output.features.float()
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        image: ImageInput,
+        timesteps: list[int] | None = None,
+        class_labels: str | int | None = None,
+        seed: int = 0,
+    ) -> RADDenoisingOutput:
+        """The intermediate denoising step of one image made visible: what scores are computed from.
+
+        Args:
+            image: One image.
+            timesteps: Steps of the full chain; by default those of scoring.
+            class_labels: Category of the image, by name or number; by default the one it resembles most.
+            seed: Of the noise, which is that of scoring.
+
+        Raises:
+            ValueError: A bad image or argument; the message names it and what is accepted.
+        """
+        if isinstance(image, list | tuple):
+            raise ValueError(f"Give one image, not a list of {len(image)}.")
+        x_0, _ = self.image_processor.preprocess(image)
+        x_0 = x_0.to(self._execution_device, self.unet.dtype)
+        if timesteps is None:
+            fitted = None if self.normality is None else list(self.normality.config.timesteps)
+            timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100])
+        if not timesteps:
+            raise ValueError("The list of timesteps is empty: give at least one.")
+        features = self.feature_extractor(x_0)
+        labels = self._check_labels(class_labels, 1)
+        if self.normality is not None and labels == [None]:
+            labels = self.normality.classify(features)
+        unet_labels = self._unet_labels(labels)
+        if unet_labels is not None:
+            unet_labels = unet_labels.repeat(len(timesteps))
+
+        noise = torch.cat([_noise(seed, timestep, 1, x_0) for timestep in timesteps])
+        t = torch.tensor(timesteps, device=x_0.device)
+        x_t, x0_hat, kl, predicted = self._step_back(x_0.repeat(len(t), 1, 1, 1), noise, unet_labels, t)
+        maps = kl, (features.float() - predicted).square().mean(1), (x0_hat - x_0.float()).abs().mean(1)
+        kl, error, rgb = (m.float().cpu().numpy() for m in maps)
+        return RADDenoisingOutput(
+            timesteps=list(timesteps),
+            noise_levels=np.sqrt(1.0 - self.scheduler.full_chain.alphas_cumprod[timesteps]),
+            x_t=self.image_processor.to_pil(x_t),
+            x0_hat=self.image_processor.to_pil(x0_hat),
+            pixel_map=kl,
+            feature_map=error,
+            rgb_map=rgb,
+        )
 
     # -- fitting --------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
 """Pictures that explain a result."""
 
+import html
+import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -36,7 +40,8 @@ def outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], d
 
 
 def draw_regions(image: Image.Image, mask: np.ndarray, regions: list[AnomalyRegion]) -> Image.Image:
-    """The image with a line around each region of a mask [H, W], outside it, and the region's number from 1 on."""
+    """The image, RGB or RGBA, with a line around each region of a mask [H, W], outside it, and the region's number
+    from 1 on."""
     image = outline(image, mask, OUTLINE)
     width = max(1, round(max(image.size) / 400))
     draw = ImageDraw.Draw(image)
@@ -177,6 +182,67 @@ def histogram_figure(good: np.ndarray, bad: np.ndarray, threshold: float | None,
     return _render(figure)
 
 
+def score_figure(
+    good: np.ndarray, threshold: float, rate: float, scores: Sequence[float], description: str, name: str = "picture"
+) -> str:
+    """Scores of good images as a histogram, and where the threshold and given scores lie among them, as from `svg`.
+
+    Args:
+        good: Scores of held-out good images.
+        threshold: At the false-alarm rate `rate`.
+        scores: Of the images in question, a mark each: a triangle above the threshold, a dot else.
+        description: The figure in words, for those who can not see it.
+        name: What one such image is called.
+    """
+    scores = np.asarray(scores, np.float64)
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    low = min(good.min(), scores.min(initial=np.inf))
+    # What lies far beyond would squeeze all else: it stands at the right edge
+    high = max(threshold, good.max()) + (max(threshold, good.max()) - np.median(good))
+    high = max(high, low + 1e-3)
+    counts, *_ = axis.hist(good, np.linspace(low, high, 41), color=GOOD, alpha=0.75, label=f"{len(good)} good images")
+    axis.axvline(threshold, color="black", linestyle="--", label=f"alarm, {100 * rate:.2g} % of good ones")
+    top = counts.max()
+    for marks, color, marker, label in (
+        (scores[scores <= threshold], COLORS[2], "o", f"{name} without alarm"),
+        (scores[scores > threshold], BAD, "v", f"{name} with alarm"),
+    ):
+        if len(marks):
+            many = len(scores) > 1
+            spread = np.random.default_rng(0).uniform(0.25, 0.75, len(marks)) if many else np.full(len(marks), 0.5)
+            label = f"{len(marks)} x {label}" if many else label
+            style = {"color": color, "marker": marker, "s": 40 if many else 140, "label": label, "zorder": 3}
+            axis.scatter(marks.clip(low, high), top * spread, edgecolors="white", linewidths=0.8, **style)
+    beyond = int((scores > high).sum())
+    label = "score, in deviations of good images"
+    if beyond:
+        label += f" ({f'{beyond} beyond' if len(scores) > 1 else f'{scores[0]:.3g}, beyond'} the right edge)"
+    axis.set(xlabel=label, yticks=[])
+    axis.margins(x=0.02)
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3 if len(scores) == 1 else 2, fontsize=9, frameon=False)
+    return svg(figure, description)
+
+
+def svg(figure: Figure, description: str) -> str:
+    """A figure as SVG to stand in a page: without a background, black as the page's own colour of text, as wide as its
+    place, with a description for those who can not see it."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    content = buffer.getvalue()
+    content = content[content.index("<svg") :].replace("#000000", "currentColor")
+    content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
+    heading = re.search(r'viewBox="[^"]*"', content)[0]
+    label = html.escape(description, quote=True)
+    style = "width: 100%; height: auto; fill: currentColor; font-family: inherit"
+    opening = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {heading} role="img" aria-label="{label}" style="{style}">'
+    )
+    return opening + content[content.index(">") + 1 :]
+
+
 def verdict_picture(
     image: Image.Image,
     anomaly_map: np.ndarray,
@@ -264,6 +330,12 @@ def restoration_figure(
         row[-1].set_title("distance, good images' deviations", fontsize=8)
         row[-1].tick_params(labelsize=8)
     return _render(figure)
+
+
+def encode_map(anomaly_map: np.ndarray) -> Image.Image:
+    """A map [H, W] as a 16-bit grey image whose values compare between images: 0 to 65535 are -8 to 56 deviations of
+    good images, so that a deviation is 1024; what lies beyond is clipped."""
+    return Image.fromarray(((anomaly_map.astype(np.float64) + 8) * 1024).round().clip(0, 65535).astype(np.uint16))
 
 
 def _render(figure: Figure) -> Image.Image:

@@ -214,16 +214,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
         The rank among held-out good images, (1 + #{good >= score}) / (1 + n); beyond their upper tenth an exponential
         tail fitted to it, because ranks can not tell rates below 1 / (n + 1) apart.
         """
-        good, start, rate, mean_excess = self._tail(score_type)
-        scores = scores.to(good)
-        above = (good[None] >= scores[:, None]).sum(1)
-        rank = (1.0 + above) / (1.0 + len(good))
-        tail = rate * torch.exp(-(scores - start) / mean_excess)
-        return torch.where(scores > start, tail, rank).clamp(1e-12, 1.0)
+        return _p_value(scores, self._good_scores(score_type))
 
     def score_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
         """The image score that good images exceed at this rate: scores above it have a p-value below the rate."""
-        good, start, rate, mean_excess = self._tail(score_type)
+        good = self._good_scores(score_type)
+        start, rate, mean_excess = _tail(good)
         if false_alarm_rate < rate:
             return float(start + mean_excess * np.log(rate / false_alarm_rate))
         rank = int(np.clip(np.floor(false_alarm_rate * (len(good) + 1)), 1, len(good)))
@@ -235,23 +231,25 @@ class NormalityModel(ModelMixin, ConfigMixin):
         It follows from how many of the held-out good images lie above the threshold, and from nothing else: with ten
         of them, none above, the rate may be anything up to 31 %.
         """
-        good, *_ = self._tail(score_type)
+        good = self._good_scores(score_type)
         above = int((good >= self.score_threshold(false_alarm_rate, score_type)).sum())
         interval = binomtest(above, len(good)).proportion_ci(confidence_level=0.95)
         return float(interval.low), float(interval.high)
+
+    def held_out_alarms(self, false_alarm_rate: float, score_type: str = "fused") -> int:
+        """How many of the `num_scores` held-out good images raise an alarm at this rate, each judged by the others."""
+        good = self._good_scores(score_type)
+        p_values = [_p_value(good[i : i + 1], torch.cat([good[:i], good[i + 1 :]])) for i in range(len(good))]
+        return int((torch.cat(p_values) <= false_alarm_rate).sum())
 
     def pixel_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
         """The map value that this share of good images' pixels exceeds."""
         quantiles = self.pixel_quantiles[SCORE_TYPES.index(score_type)].float().cpu().numpy()
         return float(np.interp(-false_alarm_rate, -TAIL, quantiles))
 
-    def _tail(self, score_type: str) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-        """Good images' scores (float64, ascending), where their tail starts, its rate and its mean excess."""
-        good = self.good_scores[-1 if score_type == GLOBAL else SCORE_TYPES.index(score_type)].double().cpu()
-        size = max(1, len(good) // 10)
-        start = good[-size - 1] if len(good) > 1 else good[0]
-        mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
-        return good, start, (size + 1) / (len(good) + 1), mean_excess
+    def _good_scores(self, score_type: str) -> torch.Tensor:
+        """Scores of the held-out good images, float64, ascending."""
+        return self.good_scores[-1 if score_type == GLOBAL else SCORE_TYPES.index(score_type)].double().cpu()
 
     # -- fitting --------------------------------------------------------------------------------------------------
 
@@ -458,6 +456,24 @@ class _Moments(NamedTuple):
         squares = (self.second - self.count * mean.square()).clamp_min(0)
         variance = (squares + (0 if prior is None else weight * prior.square())) / (self.count - 1 + weight)
         return mean, variance.sqrt()
+
+
+def _tail(good: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Where the tail of good images' scores (float64, ascending) starts, its rate and its mean excess."""
+    size = max(1, len(good) // 10)
+    start = good[-size - 1] if len(good) > 1 else good[0]
+    mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
+    return start, (size + 1) / (len(good) + 1), mean_excess
+
+
+def _p_value(scores: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    """The p-value of scores [B] among those of good images, as `NormalityModel.p_value` explains it."""
+    start, rate, mean_excess = _tail(good)
+    scores = scores.to(good)
+    above = (good[None] >= scores[:, None]).sum(1)
+    rank = (1.0 + above) / (1.0 + len(good))
+    tail = rate * torch.exp(-(scores - start) / mean_excess)
+    return torch.where(scores > start, tail, rank).clamp(1e-12, 1.0)
 
 
 def stack_raw_maps(kl: torch.Tensor, error: torch.Tensor, rgb: torch.Tensor, size: int, *others) -> torch.Tensor:
