@@ -1,0 +1,174 @@
+"""The page's actions for programs: `gradio_client`, plain HTTP, and MCP tools. Each call stands by itself."""
+
+from typing import Any
+
+import gradio as gr
+
+from . import batch as many
+from . import catalogue, inspection, models, product, visitors, why
+from .look import DEFAULT_RATE
+from .words import one_sentence
+
+
+def _score(image: str | None, model: str, category: str) -> inspection.Inspection:
+    if image is None:
+        raise ValueError("Give a picture: the argument image is empty.")
+    return inspection.score(image, model, category)
+
+
+@one_sentence
+def inspect(
+    image: str, model: str, category: str, false_alarm_rate: float, request: gr.Request
+) -> tuple[dict[str, Any], str, str, list[str]]:
+    """Finds defects in a picture of a part, knowing good parts only.
+
+    Args:
+        image: The picture: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
+        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        category: Which kind of part it is, one of describe_model's categories; empty to find out.
+        false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
+
+    Returns:
+        The result (is_anomalous; p_value: how often a good part looks as odd; score; regions with box, area and peak
+        in the picture's pixels; and more), the picture with heat and outlined regions, the mask, and files: overlay,
+        map as 16-bit PNG (1024 is one deviation of good parts, 8192 is 0) and as .npy, mask, result as JSON.
+    """
+    scored = _score(image, model, category)
+    result = inspection.result(scored, false_alarm_rate)
+    files = inspection.save(scored, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
+    return result, files[0], files[3], files
+
+
+@one_sentence
+def explain(image: str, model: str, category: str) -> tuple[dict[str, Any], list, list]:
+    """Shows what a verdict rests on: one denoising step at several noise levels, and each score's map.
+
+    Args:
+        image: The picture of a part.
+        model: As in inspect.
+        category: As in inspect.
+
+    Returns:
+        Noise levels and timesteps; for each level in turn the noised picture, the denoised one, the KL map and the
+        feature map; and the maps of every score: RGB difference, KL, feature error, fused and so on.
+    """
+    scored = _score(image, model, category)
+    steps = why.explain(scored)
+    pages = why.level_pages(scored, steps)
+    levels = {"timesteps": steps.timesteps, "noise_levels": steps.noise_levels.tolist()}
+    names = ("noised", "denoised", "KL", "feature error")
+    pictures = [(p, f"{name}: {words}") for page, words in pages for p, name in zip(page, names, strict=True)]
+    return levels, pictures, why.map_pictures(scored)
+
+
+@one_sentence
+def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]:
+    """Shows what a part would look like without its defect; takes up to a minute.
+
+    Args:
+        image: The picture of a part.
+        model: As in inspect.
+        category: As in inspect.
+
+    Returns:
+        The restored picture, at most 768 pixels wide and high, and the distance to good parts before the first and
+        after each step, in deviations of good parts.
+    """
+    scored = _score(image, model, category)
+    restored = why.restore(scored)
+    return restored.images[0], {"distances": restored.distances[0].tolist(), "category": scored.category}
+
+
+@one_sentence
+def inspect_batch(
+    files: list[str], model: str, category: str, false_alarm_rate: float, request: gr.Request
+) -> tuple[dict[str, Any], list[str]]:
+    """Finds defects in many pictures at once; a file that is no picture is a row with its error.
+
+    Args:
+        files: Pictures, or zips of pictures.
+        model: As in inspect.
+        category: As in inspect; of all pictures.
+        false_alarm_rate: As in inspect.
+
+    Returns:
+        A row for each picture (verdict, score, p_value, anomalous_share, error), and files: the table as CSV and as
+        JSON, and a zip of all maps as 16-bit PNG.
+    """
+    folder = visitors.folder(visitors.keep(request.session_hash))
+    *_, done = many.score_all(files, model, category, folder)
+    return {"pictures": many.records(done, false_alarm_rate)}, many.save(done, false_alarm_rate, folder)
+
+
+@one_sentence
+def fit_product(files: list[str], name: str, model: str, request: gr.Request) -> tuple[dict[str, Any], str]:
+    """Fits a model to pictures of good parts, ten at least, in seconds; it is deleted when your session ends.
+
+    Args:
+        files: Pictures of good parts, all taken the same way, or zips of them.
+        name: What to call the product.
+        model: Whose network to use: "synthetic", "mtd" or the id of a RAD model of the Hub.
+
+    Returns:
+        The token that stands for this model in the other calls, with the self-check (false alarms on held-out good
+        pictures), and a zip of the folder that `RADPipeline.from_pretrained` loads.
+    """
+    token = product.fit(files, name, model, request.session_hash)
+    return {"model": token, "self_check": product.self_check(token)}, product.save(token)
+
+
+@one_sentence
+def describe_model(model: str) -> dict[str, Any]:
+    """Tells what a model knows: its categories, measured results and card; a model of the Hub is loaded.
+
+    Args:
+        model: As in inspect.
+
+    Returns:
+        Categories, held-out good images behind the thresholds, resolution, timesteps, parameters, results and card.
+    """
+    return catalogue.describe(model)
+
+
+def build() -> None:
+    """The endpoints, each with components of its own that check what comes in, out of sight."""
+
+    def model() -> gr.Textbox:
+        return gr.Textbox(models.offered()[0], label="model")
+
+    def category() -> gr.Textbox:
+        return gr.Textbox("", label="category")
+
+    def image() -> gr.File:
+        return gr.File(label="image")  # not Image, which would open it before our decoder does
+
+    def rate() -> gr.Number:
+        return gr.Number(DEFAULT_RATE, label="false_alarm_rate", minimum=0, maximum=1)
+
+    def picture(label: str) -> gr.Image:
+        return gr.Image(label=label, format="png")
+
+    endpoints = [
+        (
+            inspect,
+            [image, model, category, rate],
+            [gr.JSON, lambda: picture("overlay"), lambda: picture("mask"), gr.Files],
+        ),
+        (explain, [image, model, category], [gr.JSON, gr.Gallery, gr.Gallery]),
+        (restore, [image, model, category], [lambda: picture("restored"), gr.JSON]),
+        (inspect_batch, [gr.Files, model, category, rate], [gr.JSON, gr.Files]),
+        (fit_product, [gr.Files, lambda: gr.Textbox("my product", label="name"), model], [gr.JSON, gr.File]),
+        (describe_model, [model], [gr.JSON]),
+    ]
+    # As on the page: what takes long holds up only its like
+    groups = {restore: "restore", inspect_batch: "batch", fit_product: "fit", describe_model: "load"}
+    with gr.Row(visible=False):
+        for action, inputs, outputs in endpoints:
+            gr.Button().click(
+                action,
+                [make() for make in inputs],
+                [make() for make in outputs],
+                api_name=action.__name__,
+                concurrency_id=groups.get(action, "score"),
+                concurrency_limit=2 if action is describe_model else 1,
+            )

@@ -1,0 +1,314 @@
+"""The tab Batch: many pictures, or archives of them, one row each."""
+
+import csv
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import gradio as gr
+import pandas as pd
+
+from rad import RADImageProcessor
+from rad.visualization import draw_regions, encode_map, score_figure
+
+from . import models, visitors
+from .inspection import SHOWN_REGIONS, Inspection, decide, heat_range, score
+from .look import RATES, empty
+from .settings import Settings
+from .words import one_sentence, percent
+
+MAX_PICTURES = 1000
+MAX_BYTES = 100_000_000  # of one picture; archives may claim anything
+MAP_SIDE = 512  # pixels of the longer side of a map in the archive
+THUMBNAIL_SIDE = 320
+REFRESH_SECONDS = 1.0
+GALLERY = 60
+HEADERS = ["picture", "verdict", "score", "p-value", "surface", "product", "error"]
+
+HELP = """
+Drop many pictures, or a zip of them. Each gets a row; a file that is no picture gets one too, with the reason. Click a
+heading to sort. Moving the alarm above changes the verdicts at once.
+"""
+NO_SUMMARY = "<div class='verdict'><strong>No pictures yet</strong><p>Drop files on the left.</p></div>"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file: its numbers, or why there are none."""
+
+    name: str
+    error: str = ""
+    score: float = float("nan")
+    p_value: float = float("nan")
+    category: str = ""
+    shares: dict[float, float] = field(default_factory=dict)  # of the surface, at each of RATES, if there is an alarm
+    thumbnail: Path | None = None
+    map: Path | None = None
+
+    def verdict(self, rate: float) -> str:
+        return "error" if self.error else "defect" if self.p_value <= rate else "good"
+
+    def share(self, rate: float) -> float:
+        return self.shares.get(rate, 0.0) if self.verdict(rate) == "defect" else 0.0
+
+
+@dataclass
+class Batch:
+    """All rows so far; a list that grows while the pictures are scored."""
+
+    model: str
+    total: int
+    folder: Path
+    rows: list[Row] = field(default_factory=list)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def list_files(paths: list[str]) -> list[tuple[str, Path, str | None]]:
+    """Every picture in files and archives: the name to show, the file, and the member of an archive.
+
+    Raises:
+        ValueError: There is none, or there are more than MAX_PICTURES.
+    """
+    files: list[tuple[str, Path, str | None]] = []
+    for path in map(Path, paths or []):
+        if not zipfile.is_zipfile(path):
+            files.append((path.name, path, None))
+            continue
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = PurePosixPath(member.filename)
+                if not (member.is_dir() or name.name.startswith(".") or "__MACOSX" in name.parts):
+                    files.append((f"{path.stem}/{member.filename}", path, member.filename))
+    if not files:
+        raise ValueError("Give pictures, or a zip with pictures in it.")
+    if len(files) > MAX_PICTURES:
+        raise ValueError(f"At most {MAX_PICTURES:,} pictures are taken at a time; these are {len(files):,}.")
+    return files
+
+
+def fetch(path: Path, member: str | None, folder: Path) -> Path:
+    """The picture as a file of its own: a member of an archive is written to the folder, never where it says."""
+    if member is None:
+        return path
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            content = file.read(MAX_BYTES + 1)  # not what its heading claims
+    except (RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{member} can not be taken from the archive ({error}).") from error
+    except Exception as error:  # each compression has errors of its own
+        raise ValueError(f"{member} is damaged in the archive ({error}).") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{member} has more than {MAX_BYTES / 1e6:.0f} MB.")
+    target = folder / PurePosixPath(member).name
+    target.write_bytes(content)
+    return target
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+
+def score_all(paths: list[str], model: str, category: str, folder: Path) -> Iterator[Batch]:
+    """Scores picture after picture; yields the batch as it grows."""
+    files = list_files(paths)
+    batch = Batch(model, len(files), folder)
+    yield batch
+    for name, path, member in files:
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                inspection = score(str(fetch(path, member, Path(temporary))), model, category)
+                row = make_row(name, inspection, folder / f"{len(batch.rows):04d}")
+            except (ValueError, OSError) as error:
+                row = Row(name, error=str(error))
+        batch.rows.append(row)
+        yield batch
+
+
+def make_row(name: str, inspection: Inspection, stem: Path) -> Row:
+    """The numbers of a picture; its map and a thumbnail with heat go to files."""
+    view = inspection.view.copy()
+    view.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    anomaly_map, mask, regions = decide(inspection, 0.05, view.size)
+    heat = RADImageProcessor.overlay(view, anomaly_map, *heat_range(inspection))
+    draw_regions(heat, mask, regions[:SHOWN_REGIONS]).save(stem.with_suffix(".webp"), quality=80)
+    scale = min(1.0, MAP_SIDE / max(inspection.size))
+    size = tuple(max(1, round(scale * side)) for side in inspection.size)
+    encode_map(inspection.map(size)).save(stem.with_suffix(".png"))
+    shares = {rate: float(decide(inspection, rate, size)[1].mean()) for rate in RATES}
+    numbers = inspection.scores["fused"], inspection.p_value, inspection.category, shares
+    return Row(name, "", *numbers, stem.with_suffix(".webp"), stem.with_suffix(".png"))
+
+
+def table(batch: Batch, rate: float) -> pd.DataFrame:
+    """The rows as people read them, in the order of the files."""
+    rows = [
+        [
+            row.name,
+            row.verdict(rate),
+            None if row.error else round(row.score, 2),
+            None if row.error else float(f"{row.p_value:.2g}"),
+            "" if row.error else percent(row.share(rate)),
+            row.category,
+            row.error,
+        ]
+        for row in batch.rows
+    ]
+    return pd.DataFrame(rows, columns=HEADERS)
+
+
+def summary(batch: Batch, rate: float) -> str:
+    verdicts = [row.verdict(rate) for row in batch.rows]
+    bad, errors = verdicts.count("defect"), verdicts.count("error")
+    kind = "" if len(batch.rows) < batch.total else "bad" if bad else "good"
+    left = f"{len(batch.rows)} of {batch.total} pictures done. " if len(batch.rows) < batch.total else ""
+    unread = f" {errors} file{'s' * (errors != 1)} could not be read." if errors else ""
+    return (
+        f"<div class='verdict {kind}' role='status'><strong>{bad} defect{'s' * (bad != 1)} in "
+        f"{len(verdicts) - errors}</strong><p>{left}Alarm set to {100 * rate:g} % of good parts.{unread}</p></div>"
+    )
+
+
+def gallery(batch: Batch, rate: float) -> list[tuple[str, str]]:
+    """Thumbnails, the oddest first."""
+    rows = sorted((row for row in batch.rows if not row.error), key=lambda row: (row.p_value, -row.score))
+    return [(str(row.thumbnail), f"{row.name}: {row.verdict(rate)}, score {row.score:.1f}") for row in rows[:GALLERY]]
+
+
+def plot(batch: Batch, rate: float) -> str:
+    normality = models.pipeline(batch.model).normality
+    scores = [row.score for row in batch.rows if not row.error]
+    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    words = (
+        f"Scores of {len(scores)} pictures among those of {len(good)} good ones; the alarm starts at {threshold:.1f}."
+    )
+    return score_figure(good, threshold, rate, scores, words, "pictures")
+
+
+def records(batch: Batch, rate: float) -> list[dict]:
+    """The rows as programs read them."""
+    return [
+        {
+            "picture": row.name,
+            "verdict": row.verdict(rate),
+            "score": None if row.error else row.score,
+            "p_value": None if row.error else row.p_value,
+            "anomalous_share": None if row.error else row.share(rate),
+            "category": row.category,
+            "error": row.error,
+            "map": "" if row.map is None else f"maps/{row.map.name}",
+        }
+        for row in batch.rows
+    ]
+
+
+def save(batch: Batch, rate: float, folder: Path) -> list[str]:
+    """Writes the table as CSV and JSON, and a zip of all maps as 16-bit PNG; returns their paths."""
+    rows = records(batch, rate)
+    paths = [folder / name for name in ("batch.csv", "batch.json", "maps.zip")]
+    with open(paths[0], "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:  # a spreadsheet would take a text that starts so for a formula
+            unsafe = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(("=", "+", "-", "@"))}
+            writer.writerow(row | unsafe)
+    content = {"model": models.title(batch.model), "false_alarm_rate": rate, "pictures": rows}
+    paths[1].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with zipfile.ZipFile(paths[2], "w") as archive:
+        for row in batch.rows:
+            if row.map is not None:
+                archive.write(row.map, f"maps/{row.map.name}")
+    return [str(path) for path in paths]
+
+
+# -- handlers ---------------------------------------------------------------------------------------------------------
+
+
+@one_sentence
+def on_run(paths, model: str, category: str, rate: float, request: gr.Request, progress=gr.Progress()):
+    """Rows as they come; gallery and plot at the end."""
+    folder, last = visitors.folder(visitors.keep(request.session_hash)), 0.0
+    for batch in score_all(paths, model, category, folder):
+        done = len(batch.rows)
+        progress((done, batch.total), desc="Scoring the pictures", unit="pictures")
+        if done < batch.total and time.monotonic() - last > REFRESH_SECONDS:
+            last = time.monotonic()
+            yield batch, summary(batch, rate), table(batch, rate), gr.skip(), gr.skip(), gr.skip()
+    yield batch, *show(batch, rate), None
+
+
+@one_sentence
+def on_redraw(batch: Batch | None, rate: float):
+    return [gr.skip()] * 4 if batch is None or not batch.rows else show(batch, rate)
+
+
+@one_sentence
+def on_save(batch: Batch | None, rate: float, request: gr.Request):
+    if batch is None or not batch.rows:
+        raise ValueError("Score some pictures first.")
+    return save(batch, rate, visitors.folder(visitors.keep(request.session_hash)))
+
+
+def show(batch: Batch, rate: float) -> tuple:
+    any_scored = any(not row.error for row in batch.rows)
+    figure = plot(batch, rate) if any_scored else empty("No picture could be read.")
+    return summary(batch, rate), table(batch, rate), gallery(batch, rate), figure
+
+
+# -- the tab ----------------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings) -> None:
+    batch = gr.State(time_to_live=visitors.KEPT_SECONDS)
+    gr.Markdown(HELP)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            files = gr.Files(label="Pictures, or zips of pictures", height=220)
+            with gr.Row():
+                run = gr.Button("Inspect all", variant="primary", min_width=120)
+                stop = gr.Button("Cancel", variant="stop", min_width=120)
+            save_button = gr.Button("Save results (CSV, JSON, maps)")
+            saved = gr.Files(label="Results", interactive=False)
+        with gr.Column(scale=3, min_width=320):
+            headline = gr.HTML(NO_SUMMARY)
+            figure = gr.HTML(empty("All scores among those of good parts"))
+    with gr.Column(elem_classes="wide-content"):
+        rows = gr.Dataframe(
+            headers=HEADERS,
+            datatype=["str", "str", "number", "number", "str", "str", "str"],
+            label="Pictures; the surface is the share that raises the alarm",
+            interactive=False,
+            max_height=420,
+            buttons=["fullscreen"],
+        )
+        pictures = gr.Gallery(
+            label=f"The oddest first, {GALLERY} at most", columns=5, height=360, object_fit="contain", format="webp"
+        )
+
+    shown = [headline, rows, pictures, figure]
+    running = run.click(
+        on_run,
+        [files, settings.model, settings.category, settings.rate],
+        [batch, *shown, saved],
+        concurrency_id="batch",
+        concurrency_limit=1,
+        show_progress_on=[headline],
+        api_visibility="private",
+    )
+    stop.click(
+        on_redraw, [batch, settings.rate], shown, cancels=[running], api_visibility="private", show_progress="hidden"
+    )
+    settings.rate.input(
+        on_redraw,
+        [batch, settings.rate],
+        shown,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=4,
+        api_visibility="private",
+    )
+    save_button.click(on_save, [batch, settings.rate], saved, api_visibility="private", concurrency_limit=2)

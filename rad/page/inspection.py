@@ -1,0 +1,329 @@
+"""The tab Inspect: a picture, its verdict, and where it is odd. It is scored once, whatever is asked then."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from rad import AnomalyRegion, RADImageProcessor
+from rad.pipeline_rad import EMBEDDED_DIR, find_regions
+from rad.visualization import draw_regions, encode_map, score_figure
+
+from . import models, visitors
+from .look import data_uri, empty, layers
+from .settings import Settings
+from .words import describe, one_sentence, percent
+
+SCORES = {  # as the page shows them; the score types that a model lacks are left out
+    "rgb": "RGB difference",
+    "pixel": "Pixels (KL divergence)",
+    "feature": "Feature error",
+    "fused": "Fused: the verdict's map",
+    "residual": "Feature residual",
+    "mahalanobis": "Mahalanobis distance",
+    "discriminator": "Discriminator",
+}
+EXAMPLES_MODEL = "synthetic"
+VIEW_SIDE = 768  # pixels of the longer side of what is shown
+SHOWN_REGIONS = 8
+SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
+NO_VERDICT = "<div class='verdict'><strong>No picture yet</strong><p>Upload one, or pick an example.</p></div>"
+LEGEND = """<p class='legend'>Heat: as usual <i></i> far odder than good parts.
+Lines and numbers: the regions that raise the alarm.</p>"""
+GOOD_HELP = """
+Each good picture that the model was not trained on has a score; this picture's score stands among them. The dashed
+line moves with the share of good parts that may raise an alarm.
+"""
+RESTORE_HELP = """
+What would this part look like without the defect? The picture is moved, step by step, to where good parts are; what
+already looks good stays as it was. Takes up to a minute; the tab *Why* plays the steps.
+"""
+SAVE_HELP = """
+The heat over the picture, the map as numbers (`.npy`, and a 16-bit PNG in which 1024 is one deviation of good parts
+and 8192 is 0), the mask, and the result as JSON, all at the picture's own size and for the alarm set above.
+"""
+SHOW_VERDICT_JS = "() => { document.querySelector('.verdict').scrollIntoView({block: 'nearest'}); return []; }"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What all else needs of an inspected picture, so that it is scored once."""
+
+    name: str
+    path: str
+    model: str
+    category: str
+    size: tuple[int, int]  # width and height
+    small: Image.Image  # at the model's resolution, as the model saw it
+    view: Image.Image  # shrunk to VIEW_SIDE at most
+    maps: dict[str, np.ndarray]  # each score type's map as it was computed, float32 [g, g]
+    scores: dict[str, float]
+    p_value: float
+
+    @cached_property
+    def picture(self) -> str:
+        """The view as a URI."""
+        return data_uri(self.view)
+
+    @cached_property
+    def heat(self) -> str:
+        """Its heat, likewise."""
+        return data_uri(RADImageProcessor.heat(self.map(self.view.size), *heat_range(self)))
+
+    def map(self, size: tuple[int, int], score_type: str = "fused") -> np.ndarray:
+        """A map at (width, height), as the pipeline gives it for a picture of this size."""
+        maps = torch.from_numpy(self.maps[score_type])[None]
+        return RADImageProcessor().resize_map(maps, [size[::-1]])[0]
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+
+def score(path: str, model: str, category: str) -> Inspection:
+    """Scores the picture at a path."""
+    pipeline = models.pipeline(model)
+    picture = pipeline.image_processor.decode(path)
+    # The pipeline's own first step: the numbers are those of the whole picture, in a fraction of the memory
+    resolution = pipeline.config.resolution
+    small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    side = pipeline.normality.config.map_size if pipeline.normality is not None else resolution
+    label = None if category in (models.AUTO, "") else category
+    found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
+    maps = {name: found[f"{name}_map"] for name in SCORES if name != "fused"} | {"fused": found.anomaly_map}
+    maps = {name: maps[name][0] for name in SCORES if maps[name] is not None}
+    view = picture.copy()
+    view.thumbnail((VIEW_SIDE, VIEW_SIDE))
+    return Inspection(
+        name=Path(path).name,
+        path=path,
+        model=model,
+        category=found.category[0],
+        size=picture.size,
+        small=small,
+        view=view,
+        maps=maps,
+        scores={name: float(values[0]) for name, values in found.scores.items()},
+        p_value=float(found.p_value[0]),
+    )
+
+
+def heat_range(inspection: Inspection, score_type: str = "fused") -> tuple[float, float]:
+    """Heat from what 1 good pixel in 20 exceeds; half as strong as it gets where 1 in 1000 does."""
+    normality = models.pipeline(inspection.model).normality
+    low, middle = (normality.pixel_threshold(rate, score_type) for rate in (0.05, 0.001))
+    return low, 2 * middle - low
+
+
+def decide(
+    inspection: Inspection, rate: float, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, list[AnomalyRegion]]:
+    """Map, mask and regions at (width, height) for a false-alarm rate, as the pipeline decides; no model runs."""
+    if not 0 < rate < 1:
+        raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
+    anomaly_map = inspection.map(size)
+    threshold = models.pipeline(inspection.model).normality.pixel_threshold(rate)
+    mask = (anomaly_map > threshold) & (inspection.p_value <= rate)
+    return anomaly_map, mask, find_regions(mask, anomaly_map)
+
+
+def result(inspection: Inspection, rate: float) -> dict:
+    """What there is to say about a picture, for programs; boxes and areas in its own pixels."""
+    normality = models.pipeline(inspection.model).normality
+    _, mask, regions = decide(inspection, rate, inspection.size)
+    return {
+        "picture": inspection.name,
+        "size": list(inspection.size),
+        "model": models.title(inspection.model),
+        "category": inspection.category,
+        "is_anomalous": inspection.p_value <= rate,
+        "p_value": inspection.p_value,
+        "score": inspection.scores["fused"],
+        "scores": inspection.scores,
+        "false_alarm_rate": rate,
+        "false_alarm_interval": list(normality.false_alarm_interval(rate)),
+        "threshold": normality.score_threshold(rate),
+        "pixel_threshold": normality.pixel_threshold(rate),
+        "anomalous_share": float(mask.mean()),
+        "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in regions],
+    }
+
+
+def save(inspection: Inspection, rate: float, folder: Path) -> list[str]:
+    """Writes overlay, raw map, mask and result, at the picture's own size; returns their paths."""
+    if not Path(inspection.path).is_file():
+        raise ValueError("The picture is no longer kept: inspect it again.")
+    picture = RADImageProcessor().decode(inspection.path)
+    anomaly_map, mask, regions = decide(inspection, rate, picture.size)
+    heat = RADImageProcessor.overlay(picture, anomaly_map, *heat_range(inspection))
+    stem = Path(inspection.name).stem
+    paths = [folder / f"{stem}_{end}" for end in ("overlay.png", "map.png", "map.npy", "mask.png", "result.json")]
+    overlay, deep, raw, binary, words = paths
+    draw_regions(heat, mask, regions[:SHOWN_REGIONS]).save(overlay)
+    encode_map(anomaly_map).save(deep)
+    np.save(raw, anomaly_map)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(binary)
+    words.write_text(json.dumps(result(inspection, rate), indent=2) + "\n", encoding="utf-8")
+    return [str(path) for path in paths]
+
+
+# -- handlers ---------------------------------------------------------------------------------------------------------
+
+
+def check_upload(path: str):
+    """Says at once why a file is refused, and shows those that browsers do not."""
+    try:
+        image = RADImageProcessor().decode(path)
+    except (ValueError, OSError) as error:
+        gr.Warning(str(error))
+        return None
+    return path if Path(path).suffix.lower() in SHOWN_BY_BROWSERS else image
+
+
+@one_sentence
+def on_inspect(path: str | None, model: str, category: str, rate: float, progress=gr.Progress()):
+    if path is None:
+        raise ValueError("Upload a picture first, or pick an example.")
+    progress(0.0, desc="Loading the model")
+    models.pipeline(model)
+    progress(0.2, desc="Comparing the picture with good parts")
+    inspection = score(path, model, category)
+    progress(0.9, desc="Drawing")
+    return inspection, *on_redraw(inspection, rate)
+
+
+@one_sentence
+def on_redraw(inspection: Inspection | None, rate: float):
+    """Verdict, layers, boxes, table and histogram at a false-alarm rate, from the kept maps: no model runs."""
+    if inspection is None:
+        return [gr.skip()] * 5
+    normality = models.pipeline(inspection.model).normality
+    _, mask, regions = decide(inspection, rate, inspection.view.size)
+    shown, pixels = regions[:SHOWN_REGIONS], mask.size
+    interval = normality.false_alarm_interval(rate)
+    num_good = normality.config.num_scores
+    verdict = describe(
+        inspection.p_value, rate, len(regions), float(mask.mean()), inspection.category, num_good, interval
+    )
+    lines = draw_regions(Image.new("RGBA", inspection.view.size), mask, shown)
+    stack = {"picture": inspection.picture, "heat": inspection.heat, "lines": data_uri(lines, lossless=True)}
+    boxes = [
+        (region.box, f"{number}: {percent(region.area / pixels)}, peak {region.peak:.1f}")
+        for number, region in enumerate(shown, start=1)
+    ]
+    zoom, table = inspection.size[0] / inspection.view.width, []
+    for number, region in enumerate(shown, start=1):
+        left, top, right, bottom = (round(zoom * side) for side in region.box)
+        box = f"{left}, {top}", f"{right - left} x {bottom - top}"
+        table.append([number, *box, percent(region.area / pixels), round(region.peak, 1)])
+    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    this = inspection.scores["fused"]
+    words = f"Score {this:.1f} of this picture; the alarm starts at {threshold:.1f}; {num_good} good pictures."
+    return verdict, stack, (inspection.view, boxes), table, score_figure(good, threshold, rate, [this], words)
+
+
+@one_sentence
+def on_save(inspection: Inspection | None, rate: float, request: gr.Request):
+    if inspection is None:
+        raise ValueError("Inspect a picture first.")
+    return save(inspection, rate, visitors.folder(visitors.keep(request.session_hash)))
+
+
+# -- the tab ----------------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings) -> None:
+    examples = sorted(str(path) for path in (EMBEDDED_DIR / "examples").glob("*.png"))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            image = gr.Image(
+                type="filepath",
+                format="png",
+                label="Picture of the part",
+                alt_text="The picture to inspect",
+                height=340,
+                buttons=["fullscreen"],
+                placeholder="Drop a picture here, paste it, or click to choose one\nPNG, JPEG, TIFF, BMP, WebP",
+                webcam_options=gr.WebcamOptions(
+                    mirror=False, constraints={"video": {"facingMode": {"ideal": "environment"}}}
+                ),
+            )
+            # Our decoder gets the file itself: Gradio would open it first, and fail on odd ones with no reason.
+            # Handlers give this component values only: an update such as gr.skip() makes Gradio build it anew.
+            image.preprocess = lambda file: file and file.path
+            button = gr.Button("Inspect", variant="primary", size="lg")
+            pick = gr.Dataset(
+                components=[gr.Image(visible=False)],
+                samples=[[path] for path in examples],
+                type="index",
+                label="Or pick an example, good or bad",
+                samples_per_page=24,
+            )
+        with gr.Column(scale=3, min_width=320):
+            verdict = gr.HTML(NO_VERDICT)
+            with gr.Tabs(elem_classes="wide-content"):
+                with gr.Tab("Heat"):
+                    stack = layers("The picture with heat where it is unlike good parts")
+                    gr.HTML(LEGEND)
+                with gr.Tab("Regions"):
+                    boxes = gr.AnnotatedImage(
+                        label="Regions: share of the surface, and peak in deviations of good parts", height=420
+                    )
+                    table = gr.Dataframe(
+                        headers=["No.", "left, top", "size", "surface", "peak"],
+                        datatype=["number", "str", "str", "str", "number"],
+                        label="Regions; places and sizes in the picture's pixels",
+                        interactive=False,
+                        column_widths=["14%", "23%", "25%", "19%", "19%"],
+                        wrap=True,
+                    )
+                with gr.Tab("Among good parts"):
+                    gr.Markdown(GOOD_HELP)
+                    histogram = gr.HTML(empty("The picture's score among those of good parts"))
+                with gr.Tab("Good version"):
+                    gr.Markdown(RESTORE_HELP)
+                    settings.restore_buttons.append(gr.Button("Show a good version"))
+                    settings.restored = gr.ImageSlider(label="Yours | good version", format="png", height=420)
+                    settings.distance = gr.Markdown()
+                with gr.Tab("Save"):
+                    gr.Markdown(SAVE_HELP)
+                    save_button = gr.Button("Save the result")
+                    files = gr.Files(label="Files", interactive=False)
+
+    results = [verdict, stack, boxes, table, histogram]
+    scoring = {
+        "fn": on_inspect,
+        "inputs": [image, settings.model, settings.category, settings.rate],
+        "outputs": [settings.inspection, *results],
+        "concurrency_id": "score",
+        "concurrency_limit": 1,
+        "show_progress_on": [verdict],
+        "api_visibility": "private",
+    }
+    image.upload(check_upload, image, image, api_visibility="private", concurrency_limit=4)
+    clicked = button.click(**scoring)
+    picked = pick.click(
+        lambda index: (examples[index], EXAMPLES_MODEL, models.AUTO),
+        pick,
+        [image, settings.model, settings.category],
+        api_visibility="private",
+    ).success(**scoring)
+    for done in (clicked, picked):
+        done.success(lambda: None, outputs=files, api_visibility="private", js=SHOW_VERDICT_JS)
+    settings.rate.input(
+        on_redraw,
+        [settings.inspection, settings.rate],
+        results,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=4,
+        api_visibility="private",
+    )
+    save_button.click(
+        on_save, [settings.inspection, settings.rate], files, api_visibility="private", concurrency_limit=2
+    )

@@ -1,0 +1,169 @@
+"""The models of the page: where they come from, where they run, and what is known about them."""
+
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+
+from rad import NormalityModel, RADPipeline
+from rad.hub import one_sentence
+from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS
+
+from . import visitors
+
+try:
+    import spaces
+except ImportError:  # anywhere but on a Space
+
+    def gpu(function):
+        return function
+else:
+    gpu = spaces.GPU  # does nothing where there is no ZeroGPU
+
+AUTO = "Detect automatically"
+NAMES = {"synthetic": "Eight synthetic products", "mtd": "Magnetic tiles (MTD)"}
+DEFAULT_MODEL = EMBEDDED_MODELS[0]
+MAX_DOWNLOAD = 300e6  # bytes of weights that a visitor may have downloaded
+MAX_LOADED = 3
+
+
+class Loaded(NamedTuple):
+    pipeline: RADPipeline
+    card: str  # Markdown without the front matter
+    results: list[tuple[str, str, float]]  # data set, metric, value
+
+
+_loaded: OrderedDict[str, Loaded] = OrderedDict()
+_loading = threading.Lock()
+
+
+def offered() -> list[str]:
+    """The models that everybody may choose, the one of RAD_MODEL first."""
+    return list(dict.fromkeys([os.environ.get("RAD_MODEL") or DEFAULT_MODEL, *EMBEDDED_MODELS]))
+
+
+def load(model: str) -> Loaded:
+    """An offered model or one of the Hub; the last few stay in memory.
+
+    Raises:
+        ValueError: It is neither.
+        OSError: It can not be had or read; one sentence says why.
+    """
+    with _loading:
+        if model not in _loaded:
+            _loaded[model] = _load(model)
+            while len(_loaded) > MAX_LOADED:
+                _loaded.popitem(last=False)
+        _loaded.move_to_end(model)
+        return _loaded[model]
+
+
+def _load(model: str) -> Loaded:
+    device = os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model in offered():
+        pipeline = RADPipeline.load(model)
+        folder = EMBEDDED_DIR / model if model in EMBEDDED_MODELS else Path(model)
+        path = folder / "README.md"
+        if not folder.is_dir():
+            path = _download_card(model, token=None)
+        return Loaded(pipeline.to(device), *_read_card(path))
+    if model.count("/") != 1 or model.startswith(("/", ".")) or model.endswith("/"):
+        raise ValueError(
+            f"There is no model {model!r}: choose {', '.join(offered())}, or give a Hub id such as user/repo."
+        )
+    # A visitor's wish: from the Hub only, never a folder of this machine, and without this machine's rights there
+    with one_sentence(model):
+        files = HfApi(token=False).model_info(model, files_metadata=True).siblings
+    size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    if size > MAX_DOWNLOAD:
+        raise ValueError(
+            f"{model} has {size / 1e6:,.0f} MB of weights; this page loads up to {MAX_DOWNLOAD / 1e6:.0f} MB."
+        )
+    with tempfile.TemporaryDirectory() as cache:
+        folder = RADPipeline.download(model, token=False, cache_dir=cache)
+        pipeline = RADPipeline.from_pretrained(folder)
+        return Loaded(pipeline.to(device), *_read_card(_download_card(model, token=False, cache_dir=cache)))
+
+
+def _download_card(model: str, **kwargs: Any) -> Path | None:
+    try:
+        with one_sentence(model):
+            return Path(hf_hub_download(model, "README.md", **kwargs))
+    except EntryNotFoundError:
+        return None
+
+
+def _read_card(path: Path | None) -> tuple[str, list[tuple[str, str, float]]]:
+    if path is None or not path.is_file():
+        return "This model has no card.", []
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except ValueError as error:
+        return f"The model's card can not be read ({error}).", []
+    results = card.data.eval_results or []
+    return card.text, [(r.dataset_name, r.metric_name or r.metric_type, r.metric_value) for r in results]
+
+
+# -- use --------------------------------------------------------------------------------------------------------------
+
+
+def run(model: str, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of a model's pipeline."""
+    product = visitors.product(model)
+    base, normality = (model, None) if product is None else (product.base, product.normality)
+    load(base)  # here, so that a GPU worker, which is forked from this process, has it too
+    return _run(base, normality, method, *args, **kwargs)
+
+
+@gpu
+def _run(base: str, normality: NormalityModel | None, method: str, *args: Any, **kwargs: Any) -> Any:
+    pipeline = load(base).pipeline
+    if normality is not None:
+        pipeline = with_normality(pipeline, normality)
+    return getattr(pipeline, method)(*args, **kwargs)
+
+
+def fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
+    """Statistics of good parts for a base model's network, which stays as it is."""
+    load(base)
+    return _fit(base, pictures, name)
+
+
+@gpu
+def _fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
+    pipeline = load(base).pipeline
+    pipeline = with_normality(pipeline, pipeline.normality)
+    pipeline.fit_normality(pictures, categories=[name] * len(pictures))
+    return pipeline.normality
+
+
+def with_normality(pipeline: RADPipeline, normality: NormalityModel | None) -> RADPipeline:
+    """The same network with other statistics; the given pipeline does not change."""
+    components = pipeline.components | {"normality": normality}
+    config = pipeline.config
+    return RADPipeline(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+
+
+def pipeline(model: str) -> RADPipeline:
+    product = visitors.product(model)
+    if product is None:
+        return load(model).pipeline
+    return with_normality(load(product.base).pipeline, product.normality)
+
+
+def categories(model: str) -> list[str]:
+    """The kinds of parts that a model tells apart; none if it knows no good parts yet."""
+    normality = pipeline(model).normality
+    return [] if normality is None else list(normality.config.categories)
+
+
+def title(model: str) -> str:
+    product = visitors.product(model)
+    return NAMES.get(model, model) if product is None else f"Yours: {product.name}"

@@ -1,0 +1,184 @@
+"""The tab Your product: a model of a visitor's own good parts, fitted in seconds and theirs alone."""
+
+import copy
+import html
+import tempfile
+import zipfile
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from rad.visualization import score_figure
+
+from . import models, visitors
+from .batch import fetch, list_files
+from .look import empty
+from .settings import Settings, add_choice
+from .words import odds, one_sentence
+
+MIN_PICTURES, MAX_PICTURES = 10, 500
+CHECKED_RATES = (0.01, 0.05, 0.1)
+MAX_NAME = 40
+
+HELP = f"""
+Drop {MIN_PICTURES} or more photos of **good** parts, all taken the same way (same camera, light and pose), or a zip of
+them. The network of the chosen model stays; what is fitted is *what your good parts look like to it*. That takes about
+half a second a photo. The model is yours alone, works in the other tabs at once, and is deleted when you leave:
+download it to keep it.
+"""
+NEXT = """
+#### Use it anywhere
+Unpack the zip; what lies in it is a pipeline folder:
+
+```python
+from rad import RADPipeline
+
+pipe = RADPipeline.from_pretrained("{name}")
+out = pipe("part.jpg", false_alarm_rate=0.01)
+```
+
+#### Train further
+More photos and an hour or so of training make the network itself know your parts:
+
+```bash
+accelerate launch training/train.py --pretrained_model_name_or_path {name} \\
+  --train_data_dir my_good_photos --output_dir {name}-trained
+```
+"""
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+
+def read(paths: list[str], resolution: int) -> list[Image.Image]:
+    """All pictures in files and archives, at the model's resolution.
+
+    Raises:
+        ValueError: One can not be read, or there are too few or too many.
+    """
+    files, pictures = list_files(paths), []
+    if len(files) > MAX_PICTURES:
+        raise ValueError(
+            f"At most {MAX_PICTURES} pictures are taken here, got {len(files)}; training takes any number."
+        )
+    processor = models.load(models.DEFAULT_MODEL).pipeline.image_processor
+    for name, path, member in files:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                picture = processor.decode(fetch(path, member, Path(folder)))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{name}: {error} Take it out and try again.") from error
+        pictures.append(picture.resize((resolution, resolution), Image.Resampling.BICUBIC))
+    if len(pictures) < MIN_PICTURES:
+        raise ValueError(f"Give at least {MIN_PICTURES} good pictures, got {len(pictures)}.")
+    return pictures
+
+
+def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
+    """Fits a visitor's model; returns its token."""
+    name = "".join(c for c in name if c.isalnum() or c in " -_")[:MAX_NAME].strip() or "my product"
+    product = visitors.product(model)
+    base = model if product is None else product.base
+    pictures = read(paths, models.load(base).pipeline.config.resolution)
+    return visitors.keep(owner, visitors.Product(name, base, models.fit(base, pictures, name)))
+
+
+def self_check(model: str) -> list[dict]:
+    """At several alarms, how many held-out good pictures raise one, each judged by the others."""
+    normality = visitors.product(model).normality
+    return [
+        {
+            "false_alarm_rate": rate,
+            "held_out": normality.config.num_scores,
+            "alarms": normality.held_out_alarms(rate),
+            "interval": list(normality.false_alarm_interval(rate)),
+        }
+        for rate in CHECKED_RATES
+    ]
+
+
+def save(model: str) -> str:
+    """The pipeline's folder as a zip, weights in half precision; returns its path."""
+    product, folder = visitors.product(model), visitors.folder(model)
+    pipeline = models.pipeline(model)
+    components = {name: copy.deepcopy(component) for name, component in pipeline.components.items()}
+    for name, component in components.items():
+        if component is not None and name != "scheduler":
+            component.half().register_to_config(_name_or_path="")  # no paths of this machine
+    config = pipeline.config
+    pipeline = type(pipeline)(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+    stem = file_name(product.name)
+    pipeline.save_pretrained(folder / stem)
+    path = folder / f"{stem}.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted((folder / stem).rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return str(path)
+
+
+def file_name(name: str) -> str:
+    return "-".join(name.lower().split()) or "my-product"
+
+
+def report(model: str) -> str:
+    """The self-check as HTML."""
+    product = visitors.product(model)
+    rows, num_good = self_check(model), product.normality.config.num_scores
+    cells = "".join(
+        f"<tr><td>{100 * row['false_alarm_rate']:g} %</td><td>{row['alarms']} of {row['held_out']}</td>"
+        f"<td>{100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f} %</td></tr>"
+        for row in rows
+    )
+    few = " More photos narrow this." if num_good < 100 else ""
+    return (
+        f"<div class='verdict good' role='status'><strong>{html.escape(product.name)}: ready</strong>"
+        f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab.</p>"
+        "<table class='check'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
+        "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
+        f"<tbody>{cells}</tbody></table><p class='note'>The oddest that can be said with {num_good} pictures: a good "
+        f"part looks like this {odds(0.0, min(10 * num_good, 10_000))}.{few}</p></div>"
+    )
+
+
+# -- handlers ---------------------------------------------------------------------------------------------------------
+
+
+@one_sentence
+def on_fit(
+    paths, name: str, model: str, known, rate: float, request: gr.Request, progress=gr.Progress(track_tqdm=True)
+):
+    progress(0.0, desc="Reading the pictures")
+    token = fit(paths, name, model, request.session_hash)
+    progress(0.95, desc="Packing the model")
+    product = visitors.product(token)
+    normality = product.normality
+    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    figure = score_figure(good, threshold, rate, [], f"Scores of {len(good)} held-out good pictures.")
+    return report(token), figure, save(token), NEXT.format(name=file_name(product.name)), *add_choice(known, token)
+
+
+# -- the tab ----------------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings) -> None:
+    gr.Markdown(HELP)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            files = gr.Files(label="Photos of good parts, or a zip of them", height=220)
+            name = gr.Textbox("my product", label="Name", max_length=MAX_NAME)
+            button = gr.Button("Fit my model", variant="primary")
+            zipped = gr.File(label="Your model, to download", interactive=False)
+        with gr.Column(scale=3, min_width=320):
+            verdict = gr.HTML("<div class='verdict'><strong>No model yet</strong><p>Drop your good photos.</p></div>")
+            figure = gr.HTML(empty("The scores of your good parts"))
+            words = gr.Markdown()
+    button.click(
+        on_fit,
+        [files, name, settings.model, settings.choices, settings.rate],
+        [verdict, figure, zipped, words, settings.choices, settings.model],
+        concurrency_id="fit",
+        concurrency_limit=1,
+        show_progress_on=[verdict],
+        api_visibility="private",
+    )

@@ -1,0 +1,82 @@
+"""What the page keeps for a visitor, for as long as the visitor stays: results to download, and a model of their own.
+
+Whatever is kept lies behind a token that nobody can guess, belongs to one session, and goes when that session ends, or
+when nobody has asked for it for KEPT_SECONDS.
+"""
+
+import secrets
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from rad import NormalityModel
+
+KEPT_SECONDS = 2700  # with a clean-up every 900 s, an upload is gone within the hour
+
+
+@dataclass(frozen=True)
+class Product:
+    """A visitor's own model: a base model's network with statistics of the visitor's good parts."""
+
+    name: str
+    base: str
+    normality: NormalityModel
+
+
+@dataclass
+class Kept:
+    owner: str | None  # the session
+    folder: Path
+    product: Product | None = None
+    used: float = field(default_factory=time.monotonic)
+
+
+_kept: dict[str, Kept] = {}
+
+
+def keep(owner: str | None, product: Product | None = None) -> str:
+    """Makes a place for a visitor's results or model; returns its token. Also clears what others have left."""
+    for token, kept in list(_kept.items()):
+        if time.monotonic() - kept.used > KEPT_SECONDS:
+            _remove(token)
+    token = secrets.token_urlsafe(16) if product is None else f"product-{secrets.token_urlsafe(16)}"
+    # In Gradio's cache, so that Gradio serves the files where they are and deletes them with its own
+    folder = Path(get_upload_folder()) / token
+    folder.mkdir(parents=True)
+    _kept[token] = Kept(owner, folder, product)
+    return token
+
+
+def folder(token: str) -> Path:
+    return _kept[token].folder
+
+
+def product(model: str) -> Product | None:
+    """The visitor's own model of this token; None if it is no such token.
+
+    Raises:
+        ValueError: It is one, but what it stood for is gone.
+    """
+    if not model.startswith("product-"):
+        return None
+    if model not in _kept:
+        raise ValueError("This model was deleted with its session: fit it again, or choose another model.")
+    _kept[model].used = time.monotonic()
+    return _kept[model].product
+
+
+def forget(request: gr.Request) -> None:
+    """Deletes all that a session has kept; called when it ends."""
+    for token, kept in list(_kept.items()):
+        if kept.owner == request.session_hash:
+            _remove(token)
+
+
+def _remove(token: str) -> None:
+    kept = _kept.pop(token, None)
+    if kept is not None:
+        shutil.rmtree(kept.folder, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""What the page says: verdicts, and errors."""
+
+import functools
+import html
+import inspect
+from collections.abc import Callable
+
+import gradio as gr
+
+
+def one_sentence(action: Callable) -> Callable:
+    """Shows the library's one-sentence errors as they are."""
+
+    def translate(error: Exception) -> gr.Error:
+        return gr.Error(str(error), print_exception=False)
+
+    @functools.wraps(action)
+    def wrapped(*args, **kwargs):
+        try:
+            return action(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            raise translate(error) from error
+
+    @functools.wraps(action)
+    def generator(*args, **kwargs):
+        try:
+            yield from action(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            raise translate(error) from error
+
+    return generator if inspect.isgeneratorfunction(action) else wrapped
+
+
+def odds(p_value: float, resolution: int) -> str:
+    """A p-value in words; nothing rarer than one in `resolution` is claimed."""
+    if p_value * resolution < 1:
+        return f"less than 1 time in {resolution:,}"
+    if p_value > 0.5:
+        return "more than 1 time in 2"
+    return f"1 time in {round(float(f'{1 / p_value:.2g}')):,}"
+
+
+def percent(share: float) -> str:
+    return "less than 0.1 %" if 0 < share < 0.001 else f"{100 * share:.2g} %"
+
+
+def describe(
+    p_value: float,
+    rate: float,
+    regions: int,
+    share: float,
+    category: str = "object",
+    num_good: int = 1000,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> str:
+    """The verdict as HTML.
+
+    Args:
+        rate: False-alarm rate in use; the verdict is "defect" where p_value <= rate.
+        regions, share: How many regions the mask has, and its share of the surface.
+        num_good: Good pictures that p_value was measured on; it is trusted to a tenth of 1 / num_good.
+        interval: What the rate may really be, 95 % confident.
+    """
+    good = f"a good part looks this odd {odds(p_value, min(10 * num_good, 10_000))}."
+    is_bad = p_value <= rate
+    if is_bad and regions:
+        where = f"{regions} region{'s' * (regions > 1)}, {percent(share)} of the surface; "
+    elif is_bad:
+        where = "Odd as a whole, no single region stands out; "
+    else:
+        good, where = good.capitalize(), ""
+    kind, title = ("bad", "✕ Defect") if is_bad else ("good", "✓ Looks good")
+    hint = " Is this the product that the model knows?" if share > 0.5 else ""
+    return (
+        f"<div class='verdict {kind}' role='status'><strong>{title}</strong><p>{where}{good}{hint}</p>"
+        f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures, "
+        f"which leave it between {100 * interval[0]:.1f} and {100 * interval[1]:.1f} % (95 % confidence); "
+        f"product: {html.escape(category)}.</p></div>"
+    )
