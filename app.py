@@ -26,7 +26,7 @@ def build_demo() -> gr.Blocks:
     ) as demo:
         gr.Markdown(INTRO)
         shared = settings.build(demo)
-        with gr.Tabs():
+        with gr.Tabs(elem_classes="wide-content"):
             with gr.Tab("Inspect"):
                 inspection.build(shared)
             with gr.Tab("Why") as tab:

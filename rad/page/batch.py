@@ -13,10 +13,10 @@ import gradio as gr
 import pandas as pd
 
 from rad import RADImageProcessor
-from rad.visualization import draw_regions, encode_map, score_figure
+from rad.visualization import encode_map, score_figure
 
 from . import models, visitors
-from .inspection import SHOWN_REGIONS, Inspection, decide, heat_range, score
+from .inspection import Inspection, decide, heat_range, score
 from .look import RATES, empty
 from .settings import Settings
 from .words import one_sentence, percent
@@ -133,9 +133,8 @@ def make_row(name: str, inspection: Inspection, stem: Path) -> Row:
     """The numbers of a picture; its map and a thumbnail with heat go to files."""
     view = inspection.view.copy()
     view.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    anomaly_map, mask, regions = decide(inspection, 0.05, view.size)
-    heat = RADImageProcessor.overlay(view, anomaly_map, *heat_range(inspection))
-    draw_regions(heat, mask, regions[:SHOWN_REGIONS]).save(stem.with_suffix(".webp"), quality=80)
+    heat = RADImageProcessor.overlay(view, inspection.map(view.size), *heat_range(inspection))
+    heat.save(stem.with_suffix(".webp"), quality=80)
     scale = min(1.0, MAP_SIDE / max(inspection.size))
     size = tuple(max(1, round(scale * side)) for side in inspection.size)
     encode_map(inspection.map(size)).save(stem.with_suffix(".png"))
@@ -176,7 +175,7 @@ def summary(batch: Batch, rate: float) -> str:
 def gallery(batch: Batch, rate: float) -> list[tuple[str, str]]:
     """Thumbnails, the oddest first."""
     rows = sorted((row for row in batch.rows if not row.error), key=lambda row: (row.p_value, -row.score))
-    return [(str(row.thumbnail), f"{row.name}: {row.verdict(rate)}, score {row.score:.1f}") for row in rows[:GALLERY]]
+    return [(str(row.thumbnail), f"{row.verdict(rate)}, {row.score:.1f}: {row.name}") for row in rows[:GALLERY]]
 
 
 def plot(batch: Batch, rate: float) -> str:
@@ -272,22 +271,27 @@ def build(settings: Settings) -> None:
                 run = gr.Button("Inspect all", variant="primary", min_width=120)
                 stop = gr.Button("Cancel", variant="stop", min_width=120)
             save_button = gr.Button("Save results (CSV, JSON, maps)")
-            saved = gr.Files(label="Results", interactive=False)
+            saved = gr.Files(label="Results", interactive=False, height=170)
         with gr.Column(scale=3, min_width=320):
             headline = gr.HTML(NO_SUMMARY)
             figure = gr.HTML(empty("All scores among those of good parts"))
-    with gr.Column(elem_classes="wide-content"):
-        rows = gr.Dataframe(
-            headers=HEADERS,
-            datatype=["str", "str", "number", "number", "str", "str", "str"],
-            label="Pictures; the surface is the share that raises the alarm",
-            interactive=False,
-            max_height=420,
-            buttons=["fullscreen"],
-        )
-        pictures = gr.Gallery(
-            label=f"The oddest first, {GALLERY} at most", columns=5, height=360, object_fit="contain", format="webp"
-        )
+    rows = gr.Dataframe(
+        headers=HEADERS,
+        datatype=["str", "str", "number", "number", "str", "str", "str"],
+        label="Pictures; the surface is the share that raises the alarm",
+        interactive=False,
+        max_height=420,
+        buttons=["fullscreen"],
+        elem_classes="wide-content",
+    )
+    pictures = gr.Gallery(
+        label=f"The oddest first, {GALLERY} at most",
+        columns=4,
+        height=420,
+        object_fit="contain",
+        format="webp",
+        elem_classes="wide-content",
+    )
 
     shown = [headline, rows, pictures, figure]
     running = run.click(

@@ -224,7 +224,13 @@ def on_redraw(inspection: Inspection | None, rate: float):
     good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
     this = inspection.scores["fused"]
     words = f"Score {this:.1f} of this picture; the alarm starts at {threshold:.1f}; {num_good} good pictures."
-    return verdict, stack, (inspection.view, boxes), table, score_figure(good, threshold, rate, [this], words)
+    return (
+        verdict,
+        stack,
+        (draw_regions(inspection.view, mask, shown), boxes),
+        table,
+        score_figure(good, threshold, rate, [this], words),
+    )
 
 
 @one_sentence
@@ -257,12 +263,14 @@ def build(settings: Settings) -> None:
             # Handlers give this component values only: an update such as gr.skip() makes Gradio build it anew.
             image.preprocess = lambda file: file and file.path
             button = gr.Button("Inspect", variant="primary", size="lg")
-            pick = gr.Dataset(
-                components=[gr.Image(visible=False)],
-                samples=[[path] for path in examples],
-                type="index",
+            pick = gr.Gallery(
+                [(path, Path(path).stem.replace("_", " ")) for path in examples],
                 label="Or pick an example, good or bad",
-                samples_per_page=24,
+                columns=3,
+                height="auto",
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
             )
         with gr.Column(scale=3, min_width=320):
             verdict = gr.HTML(NO_VERDICT)
@@ -307,9 +315,13 @@ def build(settings: Settings) -> None:
     }
     image.upload(check_upload, image, image, api_visibility="private", concurrency_limit=4)
     clicked = button.click(**scoring)
-    picked = pick.click(
-        lambda index: (examples[index], EXAMPLES_MODEL, models.AUTO),
-        pick,
+
+    def choose(event: gr.SelectData):
+        return examples[event.index], EXAMPLES_MODEL, models.AUTO
+
+    picked = pick.select(
+        choose,
+        None,
         [image, settings.model, settings.category],
         api_visibility="private",
     ).success(**scoring)

@@ -28,7 +28,7 @@ THEME = gr.themes.Soft(
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
-.wide-content { width: 0; min-width: 100%; }  /* wide tables scroll; they do not widen the page */
+.wide-content { width: 0; min-width: 100%; }  /* wide tables scroll, tabs fold; neither widens the page */
 .verdict { border-left: .5rem solid var(--border-color-primary); border-radius: .5rem; padding: .75rem 1rem;
            background: var(--block-background-fill); min-height: 7.5rem; }
 .verdict.bad { border-color: #d1242f; } .verdict.good { border-color: #1a7f37; }
@@ -53,8 +53,9 @@ CSS = """
 .flipbook svg { width: 100%; height: 7rem; } .flipbook .line { fill: none; stroke: var(--color-accent); }
 .flipbook .caption { min-height: 2.6em; }
 .check { width: 100%; border-collapse: collapse; margin-top: .6rem; } .check caption { text-align: left; }
-.check th, .check td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0; vertical-align: top;
-                       border-top: 1px solid var(--border-color-primary); }
+.check th, .check td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
+                       vertical-align: top; border: solid var(--border-color-primary) !important;
+                       border-width: 1px 0 0 !important; }
 .check th { color: var(--body-text-color-subdued); }
 """
 

@@ -15,7 +15,7 @@ from . import models, visitors
 from .batch import fetch, list_files
 from .look import empty
 from .settings import Settings, add_choice
-from .words import odds, one_sentence
+from .words import one_sentence
 
 MIN_PICTURES, MAX_PICTURES = 10, 500
 CHECKED_RATES = (0.01, 0.05, 0.1)
@@ -136,8 +136,8 @@ def report(model: str) -> str:
         f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab.</p>"
         "<table class='check'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
-        f"<tbody>{cells}</tbody></table><p class='note'>The oddest that can be said with {num_good} pictures: a good "
-        f"part looks like this {odds(0.0, min(10 * num_good, 10_000))}.{few}</p></div>"
+        f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "
+        f"{min(10 * num_good, 10_000):,} can be told.{few}</p></div>"
     )
 
 

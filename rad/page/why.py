@@ -94,9 +94,9 @@ def distance_words(distances: np.ndarray) -> str:
 
 
 @one_sentence
-def on_explain(inspection: Inspection | None, shown: str | None, progress=gr.Progress()):
+def on_explain(inspection: Inspection | None, shown: Inspection | None, progress=gr.Progress()):
     """What the tab shows of the inspected picture; nothing is done again for the same one."""
-    if inspection is None or shown == inspection.picture:
+    if inspection is None or shown is inspection:
         return [gr.skip()] * 4
     progress(0.2, desc="Adding noise and removing it")
     steps = explain(inspection)
@@ -105,7 +105,7 @@ def on_explain(inspection: Inspection | None, shown: str | None, progress=gr.Pro
     middle = steps.timesteps.index(fitted[len(fitted) // 2])
     titles = ["x_t: noised", "x0_hat: what the model expects", "KL divergence", "feature error"]
     book = flipbook_value(titles, level_pages(inspection, steps), middle)
-    return inspection.picture, book, strip(map_pictures(inspection)), None
+    return inspection, book, strip(map_pictures(inspection)), None
 
 
 @one_sentence

@@ -41,7 +41,7 @@ def odds(p_value: float, resolution: int) -> str:
 
 
 def percent(share: float) -> str:
-    return "less than 0.1 %" if 0 < share < 0.001 else f"{100 * share:.2g} %"
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.2g} %"
 
 
 def describe(
@@ -64,7 +64,7 @@ def describe(
     good = f"a good part looks this odd {odds(p_value, min(10 * num_good, 10_000))}."
     is_bad = p_value <= rate
     if is_bad and regions:
-        where = f"{regions} region{'s' * (regions > 1)}, {percent(share)} of the surface; "
+        where = f"{regions} region{'s' * (regions > 1)}, {percent(share).replace('<', 'less than')} of the surface; "
     elif is_bad:
         where = "Odd as a whole, no single region stands out; "
     else:
