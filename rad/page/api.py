@@ -1,5 +1,6 @@
 """The page's actions for programs: `gradio_client`, plain HTTP, and MCP tools. Each call stands by itself."""
 
+import functools
 from typing import Any
 
 import gradio as gr
@@ -44,9 +45,9 @@ def explain(image: str, model: str, category: str) -> tuple[dict[str, Any], list
     """Shows what a verdict rests on: one denoising step at several noise levels, and each score's map.
 
     Args:
-        image: The picture of a part.
-        model: As in inspect.
-        category: As in inspect.
+        image: The picture of a part: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
+        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
         Noise levels and timesteps; for each level in turn the noised picture, the denoised one, the KL map and the
@@ -66,9 +67,9 @@ def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]
     """Shows what a part would look like without its defect; takes up to a minute.
 
     Args:
-        image: The picture of a part.
-        model: As in inspect.
-        category: As in inspect.
+        image: The picture of a part: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
+        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
         The restored picture, at most 768 pixels wide and high, and the distance to good parts before the first and
@@ -87,9 +88,9 @@ def inspect_batch(
 
     Args:
         files: Pictures, or zips of pictures.
-        model: As in inspect.
-        category: As in inspect; of all pictures.
-        false_alarm_rate: As in inspect.
+        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        category: Which kind of part all are, one of describe_model's categories; empty to find out for each.
+        false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
         A row for each picture (verdict, score, p_value, anomalous_share, error), and files: the table as CSV and as
@@ -122,7 +123,7 @@ def describe_model(model: str) -> dict[str, Any]:
     """Tells what a model knows: its categories, measured results and card; a model of the Hub is loaded.
 
     Args:
-        model: As in inspect.
+        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
 
     Returns:
         Categories, held-out good images behind the thresholds, resolution, timesteps, parameters, results and card.
@@ -133,42 +134,38 @@ def describe_model(model: str) -> dict[str, Any]:
 def build() -> None:
     """The endpoints, each with components of its own that check what comes in, out of sight."""
 
-    def model() -> gr.Textbox:
-        return gr.Textbox(models.offered()[0], label="model")
+    def image() -> gr.Image:
+        component = gr.Image(label="image", type="filepath")
+        component.preprocess = lambda file: file and file.path  # our decoder opens the file, and no other
+        return component
 
-    def category() -> gr.Textbox:
-        return gr.Textbox("", label="category")
+    model = functools.partial(gr.Textbox, models.offered()[0], label="model")
+    category = functools.partial(gr.Textbox, "", label="category")
+    rate = functools.partial(gr.Number, DEFAULT_RATE, label="false_alarm_rate")
+    name = functools.partial(gr.Textbox, "my product", label="name")
+    files, file = functools.partial(gr.Files, label="files"), functools.partial(gr.File, label="pipeline")
+    result = functools.partial(gr.JSON, label="result")
+    overlay, mask, restored = (
+        functools.partial(gr.Image, label=label, format="png") for label in ("overlay", "mask", "restored")
+    )
+    levels, maps = (functools.partial(gr.Gallery, label=label, format="png") for label in ("levels", "maps"))
 
-    def image() -> gr.File:
-        return gr.File(label="image")  # not Image, which would open it before our decoder does
-
-    def rate() -> gr.Number:
-        return gr.Number(DEFAULT_RATE, label="false_alarm_rate", minimum=0, maximum=1)
-
-    def picture(label: str) -> gr.Image:
-        return gr.Image(label=label, format="png")
-
+    # As on the page, what takes long holds up only its like
     endpoints = [
-        (
-            inspect,
-            [image, model, category, rate],
-            [gr.JSON, lambda: picture("overlay"), lambda: picture("mask"), gr.Files],
-        ),
-        (explain, [image, model, category], [gr.JSON, gr.Gallery, gr.Gallery]),
-        (restore, [image, model, category], [lambda: picture("restored"), gr.JSON]),
-        (inspect_batch, [gr.Files, model, category, rate], [gr.JSON, gr.Files]),
-        (fit_product, [gr.Files, lambda: gr.Textbox("my product", label="name"), model], [gr.JSON, gr.File]),
-        (describe_model, [model], [gr.JSON]),
+        (inspect, [image, model, category, rate], [result, overlay, mask, files], "score"),
+        (explain, [image, model, category], [result, levels, maps], "score"),
+        (restore, [image, model, category], [restored, result], "restore"),
+        (inspect_batch, [files, model, category, rate], [result, files], "batch"),
+        (fit_product, [files, name, model], [result, file], "fit"),
+        (describe_model, [model], [result], "load"),
     ]
-    # As on the page: what takes long holds up only its like
-    groups = {restore: "restore", inspect_batch: "batch", fit_product: "fit", describe_model: "load"}
     with gr.Row(visible=False):
-        for action, inputs, outputs in endpoints:
+        for action, inputs, outputs, group in endpoints:
             gr.Button().click(
                 action,
                 [make() for make in inputs],
                 [make() for make in outputs],
                 api_name=action.__name__,
-                concurrency_id=groups.get(action, "score"),
-                concurrency_limit=2 if action is describe_model else 1,
+                concurrency_id=group,
+                concurrency_limit=2 if group == "load" else 1,
             )
