@@ -43,5 +43,8 @@ def build_demo() -> gr.Blocks:
     return demo.queue(max_size=int(os.environ.get("RAD_MAX_QUEUE") or 100))
 
 
+# For Blocks.launch; the limit is that of one upload, and archives are uploads
+LAUNCH = {"theme": THEME, "css": CSS, "max_file_size": "500mb", "footer_links": ["api"], "mcp_server": True}
+
 if __name__ == "__main__":
-    build_demo().launch(theme=THEME, css=CSS, max_file_size="500mb", footer_links=["api"], mcp_server=True)
+    build_demo().launch(**LAUNCH)

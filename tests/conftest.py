@@ -12,6 +12,7 @@ os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = HOME.name
 os.environ["HF_TOKEN"] = ""
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from PIL import Image
 from skimage import data
 
+import app
 from rad import RADFeatureExtractor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.pipeline_rad import EMBEDDED_DIR
 
@@ -92,6 +94,26 @@ def two_category_pipeline(two_category_images) -> RADPipeline:
     pipeline = new_pipeline(("brick", "gravel"), images)
     pipeline.fit_normality(images, categories=names, gaussian_channels=16)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def page_model(two_category_pipeline, tmp_path_factory) -> str:
+    """The folder of a small pipeline that knows brick and gravel, and which the page offers first."""
+    folder = tmp_path_factory.mktemp("page")
+    two_category_pipeline.save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAD_MODEL", str(folder / "model"))
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "files"))
+        yield str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def served(page_model) -> gr.Blocks:
+    """The page on a free port, as `python app.py` serves it."""
+    demo = app.build_demo()
+    demo.launch(**app.LAUNCH, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield demo
+    demo.close()
 
 
 @pytest.fixture

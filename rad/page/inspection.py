@@ -95,7 +95,7 @@ def score(path: str, model: str, category: str) -> Inspection:
     side = pipeline.normality.config.map_size if pipeline.normality is not None else resolution
     label = None if category in (models.AUTO, "") else category
     found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
-    maps = {name: found[f"{name}_map"] for name in SCORES if name != "fused"} | {"fused": found.anomaly_map}
+    maps = {name: getattr(found, "anomaly_map" if name == "fused" else f"{name}_map") for name in SCORES}
     maps = {name: maps[name][0] for name in SCORES if maps[name] is not None}
     view = picture.copy()
     view.thumbnail((VIEW_SIDE, VIEW_SIDE))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from PIL import Image
 
 from rad import NormalityModel, RADPipeline
@@ -80,8 +81,8 @@ def _load(model: str) -> Loaded:
         )
     # A visitor's wish: from the Hub only, never a folder of this machine, and without this machine's rights there
     with one_sentence(model):
-        files = HfApi(token=False).model_info(model, files_metadata=True).siblings
-    size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        files = [f for f in HfApi(token=False).list_repo_tree(model, recursive=True) if isinstance(f, RepoFile)]
+    size = sum(file.size for file in files if file.path.endswith(".safetensors"))
     if size > MAX_DOWNLOAD:
         raise ValueError(
             f"{model} has {size / 1e6:,.0f} MB of weights; this page loads up to {MAX_DOWNLOAD / 1e6:.0f} MB."

@@ -1,0 +1,390 @@
+"""The parts of the page: words, what is kept for visitors, models, and each tab's actions, without a server."""
+
+import csv
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+
+from rad import RADPipeline
+from rad.page import batch, catalogue, inspection, look, models, product, visitors, why
+from rad.page.words import describe, odds, percent
+
+
+@pytest.fixture(autouse=True)
+def offered(page_model):
+    yield
+    for token in list(visitors._kept):
+        visitors._remove(token)
+
+
+@pytest.fixture(scope="module")
+def part(two_category_images, tmp_path_factory) -> str:
+    """A piece of gravel with a white patch, 120 x 90."""
+    picture = two_category_images[0][-1].resize((120, 90))
+    picture.paste("white", (30, 20, 60, 50))
+    path = tmp_path_factory.mktemp("part") / "part.png"
+    picture.save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inspected(part, page_model) -> inspection.Inspection:
+    return inspection.score(part, page_model, "gravel")
+
+
+@pytest.fixture
+def request_of_visitor():
+    return gr.Request(session_hash="visitor")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("p_value", "words"),
+    [
+        (1.0, "more than 1 time in 2"),
+        (0.5, "1 time in 2"),
+        (0.3, "1 time in 3"),
+        (1 / 437, "1 time in 440"),
+        (1 / 10_000, "1 time in 10,000"),
+        (1 / 10_001, "less than 1 time in 10,000"),
+        (1e-12, "less than 1 time in 10,000"),
+    ],
+)
+def test_odds(p_value, words):
+    assert odds(p_value, 10_000) == words
+
+
+def test_percent():
+    assert [percent(share) for share in (0.0, 0.0002, 0.014, 1.0)] == ["0 %", "< 0.1 %", "1.4 %", "1e+02 %"]
+
+
+def test_verdict_of_a_defect():
+    words = describe(0.0025, 0.01, regions=2, share=0.014)
+    assert "Defect" in words
+    assert "2 regions, 1.4 % of the surface; a good part looks this odd 1 time in 400." in words
+    assert "Alarm set to 1 % of good parts" in words
+    assert "1 region, less than 0.1 %" in describe(0.0025, 0.01, regions=1, share=0.0002)
+    assert "no single region" in describe(0.0025, 0.01, regions=0, share=0.0)
+    assert "Is this the product" in describe(1e-12, 0.01, regions=1, share=0.9)
+
+
+def test_verdict_of_a_good_part():
+    words = describe(0.3, 0.2, regions=0, share=0.0)
+    assert "Looks good" in words and "A good part looks this odd 1 time in 3." in words
+    assert "Alarm set to 20 %" in words and "Defect" not in words
+
+
+def test_verdict_claims_no_more_than_its_good_pictures_tell():
+    words = describe(1e-9, 0.01, regions=1, share=0.1, num_good=6, interval=(0.0, 0.459))
+    assert "less than 1 time in 60." in words and "between 0.0 and 45.9 % (95 % confidence)" in words
+
+
+def test_names_are_shown_as_text():
+    assert "<script>" not in describe(0.3, 0.01, regions=0, share=0.0, category="<script>")
+    assert "<b>" not in look.strip([(Image.new("RGB", (4, 4)), "<b>'")])
+
+
+# -- visitors ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_goes_with_its_session_alone(request_of_visitor):
+    mine, other = visitors.keep("visitor"), visitors.keep("other")
+    (visitors.folder(mine) / "result.json").write_text("{}")
+    folders = visitors.folder(mine), visitors.folder(other)
+    visitors.forget(request_of_visitor)
+    assert not folders[0].exists() and folders[1].exists()
+
+
+def test_what_nobody_asks_for_goes_in_time(monkeypatch):
+    old = visitors.folder(visitors.keep("gone"))
+    now = visitors.time.monotonic()
+    monkeypatch.setattr(visitors.time, "monotonic", lambda: now + visitors.KEPT_SECONDS + 1)
+    visitors.keep("other")
+    assert not old.exists()
+
+
+def test_a_model_that_was_deleted_says_so(request_of_visitor, page_model):
+    token = visitors.keep("visitor", visitors.Product("nut", page_model, models.pipeline(page_model).normality))
+    assert models.title(token) == "Yours: nut"
+    visitors.forget(request_of_visitor)
+    with pytest.raises(ValueError, match="was deleted with its session"):
+        models.pipeline(token)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/etc", "../secret", "rad", "./rad/pretrained", "a/b/c", "", "product"])
+def test_visitors_reach_no_folder_of_the_server(name, tmp_path, monkeypatch, two_category_pipeline):
+    monkeypatch.chdir(tmp_path)
+    two_category_pipeline.save_pretrained(tmp_path / "rad")
+    with pytest.raises(ValueError, match="There is no model"):
+        models.load(name)
+
+
+def test_a_relative_folder_is_taken_for_a_hub_id(hub, tmp_path, monkeypatch, two_category_pipeline):
+    monkeypatch.chdir(tmp_path)
+    two_category_pipeline.save_pretrained(tmp_path / "user" / "local")
+    with pytest.raises(OSError, match="There is no folder or Hub repository 'user/local'"):
+        models.load("user/local")
+
+
+def test_a_model_of_the_hub(hub, two_category_pipeline):
+    two_category_pipeline.push_to_hub("user/parts", token="hf_user")
+    assert models.categories("user/parts") == ["brick", "gravel"]
+    known = catalogue.describe("user/parts")
+    assert known["good_images"] == 12 and known["results"] == []
+    assert "# parts" in known["card"]
+    assert "brick, gravel" in catalogue.facts("user/parts")
+    hub.reset()  # it is loaded, and nothing is asked of the Hub again
+    assert models.load("user/parts").pipeline is models.load("user/parts").pipeline
+
+
+def test_the_servers_own_token_opens_nothing_for_visitors(hub, two_category_pipeline, monkeypatch):
+    two_category_pipeline.push_to_hub("user/secret", token="hf_user", private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    with pytest.raises(OSError, match="or it is private"):
+        models.load("user/secret")
+
+
+def test_a_model_that_is_too_large_is_not_downloaded(hub, two_category_pipeline, monkeypatch):
+    two_category_pipeline.push_to_hub("user/large", token="hf_user")
+    monkeypatch.setattr(models, "MAX_DOWNLOAD", 1e6)
+    with pytest.raises(ValueError, match=r"user/large has \d+ MB of weights; this page loads up to 1 MB"):
+        models.load("user/large")
+
+
+def test_few_models_stay_in_memory(page_model, monkeypatch):
+    monkeypatch.setattr(models, "MAX_LOADED", 1)
+    first = models.load(page_model).pipeline
+    models.load("mtd")
+    assert list(models._loaded) == ["mtd"]
+    assert models.load(page_model).pipeline is not first
+
+
+@pytest.mark.parametrize("name", ["mtd", "synthetic"])
+def test_embedded_models_show_their_metrics_and_limits(name):
+    known = catalogue.describe(name)
+    assert {"image AUROC", "pixel AP", "AUPRO (FPR <= 0.3)"} <= {result["metric"] for result in known["results"]}
+    assert "0.9" in catalogue.facts(name) and "imits" in catalogue.card(name)
+    assert "](" not in "".join(line for line in catalogue.card(name).splitlines() if line.startswith("!["))
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_pipeline_says(part, inspected, page_model):
+    pipe = RADPipeline.from_pretrained(page_model)
+    found = pipe(part, class_labels="gravel", false_alarm_rate=0.2)
+    assert inspected.p_value == found.p_value[0] and inspected.scores["fused"] == found.score[0]
+    anomaly_map, mask, regions = inspection.decide(inspected, 0.2, inspected.size)
+    assert (anomaly_map == found.anomaly_map[0]).all() and (mask == found.mask[0]).all() and mask.any()
+    assert regions == found.regions[0]
+    result = inspection.result(inspected, 0.2)
+    assert result["is_anomalous"] == found.is_anomalous[0] and result["threshold"] == found.threshold
+    assert [tuple(region["box"]) for region in result["regions"]] == [region.box for region in found.regions[0]]
+
+
+def test_files_to_download(inspected, tmp_path):
+    paths = {Path(path).name: path for path in inspection.save(inspected, 0.2, tmp_path)}
+    assert list(paths) == [f"part_{end}" for end in ("overlay.png", "map.png", "map.npy", "mask.png", "result.json")]
+    anomaly_map, mask, _ = inspection.decide(inspected, 0.2, (120, 90))
+    assert (np.load(paths["part_map.npy"]) == anomaly_map).all()
+    deep = np.asarray(Image.open(paths["part_map.png"]))
+    assert deep.dtype == np.uint16 and np.abs(deep / 1024 - 8 - anomaly_map.clip(-8, 56)).max() <= 0.5 / 1024 + 1e-9
+    assert (np.asarray(Image.open(paths["part_mask.png"])) == 255 * mask).all()
+    assert Image.open(paths["part_overlay.png"]).size == (120, 90)
+    assert json.loads(Path(paths["part_result.json"]).read_text()) == inspection.result(inspected, 0.2)
+
+
+def test_redraw_follows_the_rate_and_runs_no_model(inspected):
+    pipe = models.pipeline(inspected.model)
+    calls = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in (pipe.unet, pipe.feature_extractor)]
+    verdict, stack, (picture, boxes), table, histogram = inspection.on_redraw(inspected, 0.2)
+    strict, _, (_, no_boxes), no_table, _ = inspection.on_redraw(inspected, inspected.p_value / 2)
+    for hook in hooks:
+        hook.remove()
+    assert not calls
+    assert "Defect" in verdict and "Looks good" in strict
+    assert boxes and len(boxes) == len(table) and no_boxes == no_table == []
+    assert picture.size == (120, 90) and set(stack) == {"picture", "heat", "lines"}
+    assert histogram.startswith("<svg") and "aria-label" in histogram
+
+
+def test_redraw_before_any_picture_changes_nothing():
+    assert inspection.on_redraw(None, 0.01) == [gr.skip()] * 5
+    with pytest.raises(gr.Error, match="Inspect a picture first"):
+        inspection.on_save(None, 0.01, None)
+
+
+def test_upload_that_is_no_picture_is_refused_at_once(tmp_path):
+    (tmp_path / "notes.png").write_text("not a picture")
+    with pytest.warns(UserWarning, match="notes.png is not an image"):
+        assert inspection.check_upload(str(tmp_path / "notes.png")) is None
+
+
+# -- why --------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_levels_contain_those_of_the_score(inspected):
+    steps = why.explain(inspected)
+    assert {20, 201, 401} <= set(steps.timesteps) and len(steps.timesteps) > 3
+    assert (np.diff(steps.noise_levels) > 0).all()
+    pages = why.level_pages(inspected, steps)
+    assert len(pages) == len(steps.timesteps) and all(len(pictures) == 4 for pictures, _ in pages)
+    assert [words for _, words in why.map_pictures(inspected)][:4] == [
+        "RGB difference",
+        "Pixels (KL divergence)",
+        "Feature error",
+        "Fused: the verdict's map",
+    ]
+
+
+def test_restoration_is_a_flip_book_with_its_curve(inspected):
+    (before, after), words, book = why.on_restore(inspected)
+    assert before.size == after.size == (120, 90)
+    assert len(book["pages"]) == len(book["curve"]) <= why.MAX_FRAMES
+    assert book["pages"][0]["caption"].startswith("Step 0 of") and book["curve"][-1] < book["curve"][0]
+    assert "Distance to good parts" in words
+
+
+# -- batch ------------------------------------------------------------------------------------------------------------
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> str:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return str(path)
+
+
+@pytest.fixture
+def scored(part, page_model, tmp_path) -> batch.Batch:
+    """A picture, a file that is none, and a zip with a picture and a damaged one."""
+    content = Path(part).read_bytes()
+    (tmp_path / "=notes.txt").write_text("no picture")
+    archive = write_zip(
+        tmp_path / "parts.zip", {"a/good.png": content, "a/cut.png": content[:200], "__MACOSX/._good.png": b"x"}
+    )
+    paths = [part, str(tmp_path / "=notes.txt"), archive]
+    *_, done = batch.score_all(paths, page_model, models.AUTO, visitors.folder(visitors.keep("visitor")))
+    return done
+
+
+def test_a_bad_file_is_one_row_with_its_error(scored):
+    names = ["part.png", "=notes.txt", "parts/a/good.png", "parts/a/cut.png"]
+    assert [row.name for row in scored.rows] == names
+    assert [bool(row.error) for row in scored.rows] == [False, True, False, True]
+    assert "is not an image" in scored.rows[1].error and "cut.png" in scored.rows[3].error
+    assert scored.rows[0].score == scored.rows[2].score
+    table = batch.table(scored, 0.2)
+    assert list(table.verdict) == ["defect", "error", "defect", "error"]
+    assert "2 defects in 2" in batch.summary(scored, 0.2) and "2 files could not be read" in batch.summary(scored, 0.2)
+
+
+def test_verdicts_and_areas_follow_the_rate(scored, part, page_model):
+    row = scored.rows[0]
+    found = RADPipeline.from_pretrained(page_model)(part, false_alarm_rate=0.2)
+    assert row.share(0.2) == found.mask[0].mean() > 0
+    assert row.verdict(row.p_value / 2) == "good" and row.share(row.p_value / 2) == 0
+
+
+def test_gallery_has_the_oddest_first(scored, tmp_path):
+    odd, usual = (
+        batch.Row(name, "", score, p, thumbnail=tmp_path) for name, score, p in (("b", 9, 1e-9), ("a", 0, 0.5))
+    )
+    captions = [caption for _, caption in batch.gallery(batch.Batch("", 2, tmp_path, [usual, odd]), 0.01)]
+    assert captions == ["defect, 9.0: b", "good, 0.0: a"]
+
+
+def test_tables_and_maps_to_download(scored, tmp_path):
+    paths = [Path(path) for path in batch.save(scored, 0.2, tmp_path)]
+    assert [path.name for path in paths] == ["batch.csv", "batch.json", "maps.zip"]
+    rows = list(csv.DictReader(paths[0].open()))
+    records = json.loads(paths[1].read_text())["pictures"]
+    assert [row["verdict"] for row in rows] == [row["verdict"] for row in records]
+    assert float(rows[0]["score"]) == records[0]["score"]
+    assert rows[1]["picture"] == "'=notes.txt", "a spreadsheet would run it as a formula"
+    with zipfile.ZipFile(paths[2]) as archive:
+        assert archive.namelist() == [records[0]["map"], records[2]["map"]]
+        with archive.open(records[0]["map"]) as file:
+            assert np.asarray(Image.open(file)).dtype == np.uint16
+
+
+def test_archives_are_not_trusted(tmp_path, monkeypatch, page_model, part):
+    monkeypatch.setattr(batch, "MAX_BYTES", 10_000)
+    paths = [
+        write_zip(tmp_path / "bomb.zip", {"zeros.png": bytes(10_001)}),
+        write_zip(tmp_path / "up.zip", {"../../escaped.png": Path(part).read_bytes()[:5000]}),
+    ]
+    *_, done = batch.score_all(paths, page_model, models.AUTO, tmp_path)
+    assert "has more than 0 MB" in done.rows[0].error and done.rows[1].error
+    assert not list(tmp_path.parent.glob("escaped*")) and not list(tmp_path.parent.parent.glob("escaped*"))
+    damaged = bytearray(Path(paths[0]).read_bytes())
+    damaged[40:60] = bytes(20)
+    (tmp_path / "bomb.zip").write_bytes(damaged)
+    *_, done = batch.score_all(paths[:1], page_model, models.AUTO, tmp_path)
+    assert "zeros.png" in done.rows[0].error
+    monkeypatch.setattr(batch, "MAX_PICTURES", 1)
+    with pytest.raises(ValueError, match="At most 1 pictures are taken at a time; these are 2"):
+        batch.list_files(paths)
+    with pytest.raises(ValueError, match="Give pictures"):
+        batch.list_files([])
+
+
+# -- your product -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good_files(good_images, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("good")
+    for i, picture in enumerate(good_images):
+        picture.resize((80, 80)).save(folder / f"{i:02d}.png")
+    return sorted(str(path) for path in folder.glob("*.png"))
+
+
+def test_a_product_of_ones_own(good_files, part, page_model, tmp_path):
+    network = models.load(page_model).pipeline
+    before = {name: value.clone() for name, value in network.unet.state_dict().items()}
+    known = network.normality
+    token = product.fit(good_files, "My <nut> 7", page_model, "visitor")
+    assert models.title(token) == "Yours: My nut 7" and models.categories(token) == ["My nut 7"]
+    assert models.load(page_model).pipeline.normality is known, "the model of all visitors has changed"
+    assert all((value == before[name]).all() for name, value in network.unet.state_dict().items())
+
+    check = product.self_check(token)
+    assert [row["held_out"] for row in check] == [12] * 3
+    assert all(0 <= row["alarms"] <= 4 and row["interval"][0] <= row["interval"][1] for row in check)
+    assert "My nut 7: ready" in product.report(token)
+
+    with zipfile.ZipFile(product.save(token)) as archive:
+        archive.extractall(tmp_path)
+    loaded = RADPipeline.from_pretrained(tmp_path / "my-nut-7")
+    found, own = loaded(part), inspection.score(part, token, models.AUTO)
+    # The zip holds half precision, as all saved pipelines do
+    assert found.category == ["My nut 7"] and found.score[0] == pytest.approx(own.scores["fused"], rel=0.05)
+    text = "".join(path.read_text() for path in (tmp_path / "my-nut-7").rglob("*.json"))
+    assert os.path.dirname(page_model) not in text, "paths of the server are in what visitors download"
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_too_few_good_pictures(good_files, page_model, count):
+    words = "Give at least 10 good pictures, got 9" if count else "Give pictures"
+    with pytest.raises(ValueError, match=words):
+        product.fit(good_files[:count], "nut", page_model, "visitor")
+    assert not visitors._kept
+
+
+def test_a_bad_file_among_good_ones_is_named(good_files, page_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"notes\.txt.* Take it out and try again"):
+        product.fit([*good_files, str(tmp_path / "notes.txt")], "nut", page_model, "visitor")
