@@ -104,6 +104,7 @@ def page_model(two_category_pipeline, tmp_path_factory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAD_MODEL", str(folder / "model"))
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "files"))
+        patch.setenv("GRADIO_IS_E2E_TEST", "1")  # the server notices at once, not in 15 s, that a visitor left
         yield str(folder / "model")
 
 

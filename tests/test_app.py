@@ -1,117 +1,66 @@
-"""The page: its words, its redrawing from kept maps, and round trips through a running server."""
+"""The page as programs see it: its endpoints over HTTP, with `gradio_client`, as MCP tools, and under load."""
 
-import gradio as gr
+import asyncio
+import base64
+import importlib.util
+import json
+import re
+import sys
+import threading
+import time
+import types
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
+from conftest import texture
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from huggingface_hub import SpaceCard
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 
 import app
+from rad import RADPipeline
+from rad.page import models, visitors
 
-SIDE = 64
-
-
-def picture(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(90, 160, (SIDE, SIDE, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def model(two_category_pipeline, tmp_path_factory) -> str:
-    """The folder of a small pipeline that knows brick and gravel."""
-    folder = tmp_path_factory.mktemp("model")
-    two_category_pipeline.save_pretrained(folder)
-    return str(folder)
+ROOT = Path(__file__).parent.parent
+ENDPOINTS = {"inspect", "explain", "restore", "inspect_batch", "fit_product", "describe_model"}
 
 
 @pytest.fixture(scope="module")
-def client(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAD_MODEL", model)
-        demo = app.build_demo()
-        demo.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-        yield Client(demo.local_url, verbose=False)
-        demo.close()
+def client(served) -> Client:
+    return Client(served.local_url, verbose=False)
 
 
-@pytest.fixture
-def inspection(model) -> app.Inspection:
-    """A picture whose map has one odd corner of 16 x 16 pixels, of which 8 x 8 are odder."""
-    anomaly_map = np.zeros((SIDE, SIDE), np.float16)
-    anomaly_map[:16, :16] = 1e2
-    anomaly_map[:8, :8] = 1e4
-    return app.Inspection(model, "brick", 0.008, Image.fromarray(picture(0)), anomaly_map, zoom=2.0)
+@pytest.fixture(scope="module")
+def part(two_category_images, tmp_path_factory) -> str:
+    """A piece of gravel with a white patch, 120 x 90."""
+    picture = two_category_images[0][-1].resize((120, 90))
+    picture.paste("white", (30, 20, 60, 50))
+    path = tmp_path_factory.mktemp("part") / "part.png"
+    picture.save(path)
+    return str(path)
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def good_files(good_images, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("good")
+    for i, picture in enumerate(good_images):
+        picture.save(folder / f"{i:02d}.png")
+    return sorted(str(path) for path in folder.glob("*.png"))
 
 
-@pytest.mark.parametrize(
-    ("p_value", "words"),
-    [
-        (1.0, "more than 1 time in 2"),
-        (0.5, "1 time in 2"),
-        (0.3, "1 time in 3"),
-        (1 / 437, "1 time in 440"),
-        (1 / 10_000, "1 time in 10,000"),
-        (1 / 10_001, "less than 1 time in 10,000"),
-        (1e-12, "less than 1 time in 10,000"),
-    ],
-)
-def test_odds(p_value, words):
-    assert app.odds(p_value, 10_000) == words
-
-
-def test_verdict_of_a_defect():
-    words = app.describe(0.0025, 0.01, regions=2, share=0.014)
-    assert "Defect found" in words and "2 regions, 1.4 % of the surface." in words
-    assert "A good part looks this odd 1 time in 400." in words
-    assert "Alarm set to 1 % of good parts" in words
-    assert "1 region, less than 0.1 %" in app.describe(0.0025, 0.01, regions=1, share=0.0002)
-    assert "no single region" in app.describe(0.0025, 0.01, regions=0, share=0.0)
-    assert "Is this the product" in app.describe(1e-12, 0.01, regions=1, share=0.9)
-
-
-def test_verdict_of_a_good_part():
-    words = app.describe(0.3, 0.2, regions=0, share=0.0)
-    assert "Looks good" in words and "1 time in 3." in words and "Alarm set to 20 %" in words
-
-
-def test_verdict_claims_no_more_than_its_good_pictures_tell():
-    words = app.describe(1e-9, 0.01, regions=1, share=0.1, num_good=6, interval=(0.0, 0.459))
-    assert "less than 1 time in 60." in words and "between 0.0 and 45.9 % (95 % confidence)" in words
-
-
-def test_verdict_shows_names_as_text():
-    assert "<script>" not in app.describe(0.3, 0.01, regions=0, share=0.0, category="<script>")
-
-
-# -- redrawing --------------------------------------------------------------------------------------------------------
-
-
-def test_redraw_follows_the_rate(inspection):
-    verdict, heated, mask, table = app.redraw(inspection, 0.01)
-    assert "Defect found" in verdict and "1 region" in verdict
-    assert heated.size == mask.size == (SIDE, SIDE)
-    assert np.asarray(mask)[:16, :16].all() and np.asarray(mask).sum() == 256
-    assert table == [[1, "0, 0", "32 x 32", 4 * 256, 1e4]]  # in pixels of the picture, twice the view
-    verdict, _, mask, table = app.redraw(inspection, 0.005)
-    assert "Looks good" in verdict and not np.asarray(mask).any() and table == []
-
-
-def test_redraw_runs_no_model(inspection):
-    pipe = app.load(inspection.model)
-    calls = []
-    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in (pipe.unet, pipe.feature_extractor)]
-    for rate in app.RATES:
-        app.redraw(inspection, rate)
-    for hook in hooks:
-        hook.remove()
-    assert not calls
-
-
-def test_redraw_before_any_picture_changes_nothing():
-    assert app.redraw(None, 0.01) == [gr.skip()] * 4
+def wait_for(condition, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -119,62 +68,279 @@ def test_redraw_before_any_picture_changes_nothing():
 
 def test_page_builds_without_loading_a_model(monkeypatch):
     monkeypatch.setenv("RAD_MODEL", "/nowhere")
-    app.load.cache_clear()
+    monkeypatch.setenv("RAD_MAX_QUEUE", "7")
+    monkeypatch.setattr(models, "_loaded", {})
     demo = app.build_demo()
-    assert app.load.cache_info().misses == 0
-    names = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "public"}
-    assert names == {"categories", "inspect", "redraw", "restore"}
+    assert not models._loaded
+    assert demo._queue.max_size == 7
+    assert sum(demo.delete_cache) <= 3600, "uploads are to be gone within the hour"
 
 
-def test_inspect_redraw_and_restore(client, model, two_category_images, tmp_path):
-    part = two_category_images[0][-1].resize((120, 90))
-    part.paste("white", (30, 20, 60, 50))
-    part.save(tmp_path / "part.png")
-    categories = client.predict(model, api_name="/categories")
-    assert [name for name, _ in categories["choices"]] == [app.AUTO, "brick", "gravel"]
+def test_device(monkeypatch, page_model):
+    monkeypatch.setenv("RAD_DEVICE", "meta")
+    monkeypatch.setattr(models, "_loaded", models.OrderedDict())
+    assert models.load(page_model).pipeline.device.type == "meta"
 
-    verdict, heated, mask, table, each = client.predict(
-        handle_file(tmp_path / "part.png"), model, "gravel", 0.2, api_name="/inspect"
+
+def test_work_is_done_on_a_space_s_gpu(monkeypatch, page_model, part):
+    """With a package `spaces` as on ZeroGPU, every call of the pipeline goes through its decorator."""
+    calls = []
+
+    def GPU(function):
+        def wrapped(*args, **kwargs):
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    stub = types.ModuleType("spaces")
+    stub.GPU = GPU
+    monkeypatch.setitem(sys.modules, "spaces", stub)
+    spec = importlib.util.spec_from_file_location("rad.page.models_on_zero", models.__file__)
+    on_zero = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(on_zero)
+    picture = Image.open(part).convert("RGB")
+    assert on_zero.run(page_model, "__call__", picture).score.shape == (1,)
+    on_zero.fit(page_model, [picture] * 2, "nut")
+    assert calls == ["_run", "_fit"]
+
+
+def test_front_matter_of_the_space(hub):
+    card = SpaceCard.load(ROOT / "README.md")
+    card.validate()  # asks the Hub
+    data = card.data
+    assert (data.sdk, data.app_file, data.license) == ("gradio", "app.py", "apache-2.0")
+    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}  # that the Hub knows
+    assert {data.colorFrom, data.colorTo} <= colors and len(data.short_description) <= 60
+    requirement = re.search(r"^gradio\[mcp\]>=([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert data.sdk_version.startswith(requirement[1]), "the Space installs the tested version"
+
+
+# -- endpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_endpoints_are_documented(client):
+    api = client.view_api(return_format="dict")["named_endpoints"]
+    assert {name.strip("/") for name in api} == ENDPOINTS
+    for name, endpoint in api.items():
+        described = endpoint["description"]
+        assert len(described) > 30, name
+        for parameter in endpoint["parameters"]:
+            assert parameter["parameter_name"] in ("image", "files", "model", "category", "name", "false_alarm_rate")
+            assert parameter["label"] == parameter["parameter_name"], name
+        assert all(returned["label"] and "value" not in returned["label"] for returned in endpoint["returns"]), name
+
+
+def test_inspect(client, part, page_model):
+    result, overlay, mask, files = client.predict(handle_file(part), page_model, "gravel", 0.2, api_name="/inspect")
+    found = RADPipeline.from_pretrained(page_model)(part, class_labels="gravel", false_alarm_rate=0.2)
+    assert result["is_anomalous"] and result["p_value"] == pytest.approx(found.p_value[0])
+    assert result["score"] == pytest.approx(found.score[0]) and result["category"] == "gravel"
+    assert result["regions"] == [
+        {"box": list(r.box), "area": r.area, "peak": pytest.approx(r.peak)} for r in found.regions[0]
+    ]
+    assert Image.open(overlay).size == (120, 90)
+    assert (np.asarray(Image.open(mask).convert("L")) == 255 * found.mask[0]).all()
+    raw = next(path for path in files if path.endswith(".npy"))
+    assert (np.load(raw) == found.anomaly_map[0]).all()
+
+
+def test_explain(client, part):
+    levels, pictures, maps = client.predict(image=handle_file(part), api_name="/explain")
+    assert {20, 201, 401} <= set(levels["timesteps"]) and len(pictures) == 4 * len(levels["noise_levels"])
+    assert maps[0]["caption"] == "RGB difference" and Image.open(maps[0]["image"]).size == (256, 256)
+
+
+def test_restore(client, part):
+    restored, result = client.predict(image=handle_file(part), category="gravel", api_name="/restore")
+    assert Image.open(restored).size == (120, 90)
+    assert result["distances"][-1] < result["distances"][0] and result["category"] == "gravel"
+
+
+def test_batch(client, part, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    result, files = client.predict(
+        files=[handle_file(part), handle_file(tmp_path / "notes.txt")], false_alarm_rate=0.2, api_name="/inspect_batch"
     )
-    assert "Defect found" in verdict and "product: gravel" in verdict and "Alarm set to 20 %" in verdict
-    assert Image.open(heated).size == Image.open(mask).size == (120, 90)
-    assert table["data"] and len(each) == len(app.SCORES)
-
-    verdict, *_ = client.predict(0.001, api_name="/redraw")  # from this session's own state
-    assert "Alarm set to 0.1 %" in verdict and "product: gravel" in verdict
-    with pytest.raises(AppError, match="must lie between 0 and 1"):
-        client.predict(2, api_name="/redraw")
-
-    (before, after), words, curve = client.predict(api_name="/restore")
-    assert Image.open(before).size == Image.open(after).size == (120, 90)
-    assert "good part" in words and curve["columns"] == ["step", "distance"]
+    assert [row["verdict"] for row in result["pictures"]] == ["defect", "error"]
+    assert sorted(Path(path).name for path in files) == ["batch.csv", "batch.json", "maps.zip"]
 
 
-def test_sixteen_bit_pictures_reach_our_decoder(client, model, tmp_path):
-    Image.fromarray(picture(2)[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.tif")
-    Image.fromarray(picture(2)[..., 0]).save(tmp_path / "flat.png")
+def test_a_product_lives_as_long_as_its_session(served, part, good_files, client, tmp_path):
+    mine = Client(served.local_url, verbose=False)
+    fitted, zipped = mine.predict([handle_file(path) for path in good_files], "nut", api_name="/fit_product")
+    token = fitted["model"]
+    assert [row["held_out"] for row in fitted["self_check"]] == [12] * 3
+    result, *_ = mine.predict(handle_file(part), token, api_name="/inspect")
+    assert result["model"] == "Yours: nut" and result["category"] == "nut"
+    with zipfile.ZipFile(zipped) as archive:
+        archive.extractall(tmp_path)
+    assert RADPipeline.from_pretrained(tmp_path / "nut").normality.config.categories == ["nut"]
+
+    folder = visitors.folder(token)
+    assert folder.is_dir()
+    mine.close()
+    assert wait_for(lambda: not folder.exists()), "its files are still there"
+    with pytest.raises(AppError, match="was deleted with its session"):
+        client.predict(handle_file(part), token, api_name="/inspect")
+
+
+def test_sixteen_bit_pictures_reach_our_decoder(client, page_model, tmp_path):
+    pixels = np.random.default_rng(2).integers(90, 160, (64, 64), dtype=np.uint8)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "deep.tif")
+    Image.fromarray(pixels).save(tmp_path / "flat.png")
     deep, flat = (
-        client.predict(handle_file(tmp_path / name), model, app.AUTO, 0.01, api_name="/inspect")
-        for name in ("deep.tif", "flat.png")
+        client.predict(image=handle_file(tmp_path / name), api_name="/inspect")[0] for name in ("deep.tif", "flat.png")
     )
-    assert deep[0] == flat[0]
-    assert (np.asarray(Image.open(deep[1])) == np.asarray(Image.open(flat[1]))).all()
+    assert deep["scores"] == flat["scores"]
 
 
-def test_bad_uploads_get_one_sentence(client, model, tmp_path):
+def test_errors_are_one_sentence(client, part, good_files, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
-    with pytest.raises(AppError, match=r"notes\.png is not an image, or not one of the formats"):
-        client.predict(handle_file(tmp_path / "notes.png"), model, app.AUTO, 0.01, api_name="/inspect")
-    with pytest.raises(AppError, match="Upload a picture first"):
-        client.predict(None, model, app.AUTO, 0.01, api_name="/inspect")
+    bad, good = handle_file(tmp_path / "notes.png"), handle_file(part)
+    for words, endpoint, arguments in (
+        (r"notes\.png is not an image, or not one of the formats", "/inspect", {"image": bad}),
+        ("Give a picture", "/inspect", {"image": None}),
+        ("must lie between 0 and 1", "/inspect", {"image": good, "false_alarm_rate": 0}),
+        ("There is no model '/etc'", "/inspect", {"image": good, "model": "/etc"}),
+        ("There is no category 'nut'", "/inspect", {"image": good, "category": "nut"}),
+        ("There is no model 'x'", "/describe_model", {"model": "x"}),
+        ("at least 10 good pictures, got 2", "/fit_product", {"files": [handle_file(f) for f in good_files[:2]]}),
+    ):
+        with pytest.raises(AppError, match=words):
+            client.predict(**arguments, api_name=endpoint)
 
 
-def test_models_outside_the_list_are_refused(client, tmp_path):
-    Image.fromarray(picture(3)).save(tmp_path / "part.png")
-    with pytest.raises(AppError, match="not in the list of choices"):
-        client.predict(handle_file(tmp_path / "part.png"), "someone/else", app.AUTO, 0.01, api_name="/inspect")
+def test_files_of_the_server_are_not_served(served):
+    payload = {"data": [{"path": str(ROOT / "LICENSE"), "meta": {"_type": "gradio.FileData"}}, "synthetic", "", 0.01]}
+    request = urllib.request.Request(
+        f"{served.local_url}gradio_api/call/inspect",
+        json.dumps(payload).encode(),
+        {"Content-Type": "application/json"},
+    )
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    answer = urllib.request.urlopen(f"{served.local_url}gradio_api/call/inspect/{event}").read().decode()
+    assert answer.startswith("event: error") and "LICENSE is not an image" not in answer
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{served.local_url}gradio_api/file={ROOT / 'LICENSE'}")
 
 
-def test_visitors_have_states_of_their_own(client):
-    with pytest.raises(AppError, match="Inspect a picture first"):
-        Client(client.src, verbose=False).predict(api_name="/restore")
+# -- the README's examples --------------------------------------------------------------------------------------------
+
+
+def example(language: str, served) -> str:
+    """The README's example of the API in a language, for this server."""
+    section = (ROOT / "README.md").read_text().split("### The page as an API")[1].split("\n### ")[0]
+    code = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+    return code.replace("http://127.0.0.1:7860/", served.local_url)
+
+
+def test_python_example(served, part, monkeypatch, capsys):
+    monkeypatch.chdir(Path(part).parent)
+    exec(example("python", served), {})
+    assert re.search(r"(True|False) [\d.e-]+ \[", capsys.readouterr().out)
+
+
+def test_curl_example(served, part):
+    import shutil
+    import subprocess
+
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    script = "set -euo pipefail\n" + example("bash", served)
+    done = subprocess.run(["bash", "-c", script], cwd=Path(part).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "event: complete" in done.stdout and "p_value" in done.stdout
+
+
+def test_mcp_tools(served, part):
+    picture = "data:image/png;base64," + base64.b64encode(Path(part).read_bytes()).decode()
+
+    messages = []
+
+    async def talk():
+        url = f"{served.local_url}gradio_api/mcp/"
+        async with streamable_http_client(url) as (read, write, _), ClientSession(read, write) as session:
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            arguments = {"image": picture, "false_alarm_rate": 0.2}
+            return tools, await session.call_tool("inspect", arguments, progress_callback=progressed)
+
+    async def progressed(progress: float, total: float | None, message: str | None) -> None:
+        messages.append(message)
+
+    tools, answer = asyncio.run(talk())
+    assert set(tools) == ENDPOINTS
+    properties = tools["inspect"].inputSchema["properties"]
+    assert "share of good parts" in properties["false_alarm_rate"]["description"].lower()
+    text = " ".join(part.text for part in answer.content if part.type == "text")
+    assert not answer.isError and "'is_anomalous': True" in text
+    assert any(part.type == "image" for part in answer.content) and messages
+
+
+# -- under load -------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_visitors_at_once(served, page_model, tmp_path):
+    """Each gets the result of their own picture, sees a place in the queue, and the page answers meanwhile."""
+    pictures, kept_before = [], len(visitors._kept)
+    for seed in range(20):
+        picture = texture("gravel", 100 + seed)
+        picture.paste((255, 255 - 10 * seed, 0), (seed, seed, seed + 20, seed + 20))
+        picture.save(tmp_path / f"{seed}.png")
+        pictures.append(str(tmp_path / f"{seed}.png"))
+    expected = RADPipeline.from_pretrained(page_model)(pictures).score
+    with ThreadPoolExecutor(20) as threads:
+        clients = list(threads.map(lambda _: Client(served.local_url, verbose=False), range(20)))
+    ranks, together = set(), threading.Barrier(20)
+
+    def visit(number: int) -> tuple[dict, bool]:
+        together.wait()
+        job = clients[number].submit(image=handle_file(pictures[number]), api_name="/inspect")
+        while not job.done():
+            ranks.add(job.status().rank)
+            time.sleep(0.01)
+        result, _, _, files = job.result()
+        return result, all(Path(path).name.startswith(f"{number}_") for path in files)
+
+    with ThreadPoolExecutor(21) as threads:
+        jobs = [threads.submit(visit, number) for number in range(20)]
+        answers = []
+        while not all(job.done() for job in jobs):
+            with urllib.request.urlopen(served.local_url, timeout=10) as page:
+                answers.append(page.status)
+            time.sleep(0.1)
+        results = [job.result() for job in jobs]
+    for number, (result, own_files) in enumerate(results):
+        assert result["picture"] == f"{number}.png" and own_files
+        assert result["score"] == pytest.approx(expected[number], rel=1e-4)
+    assert any(rank is not None and rank > 0 for rank in ranks), "nobody was told a place in the queue"
+    assert answers and set(answers) == {200}
+    assert psutil.Process().memory_info().rss < 4e9
+    for each in clients:
+        each.close()
+    assert wait_for(lambda: len(visitors._kept) <= kept_before), "what visitors left is still there"
+
+
+def test_a_full_queue_says_so(page_model, part, monkeypatch):
+    monkeypatch.setenv("RAD_MAX_QUEUE", "1")
+    demo = app.build_demo()
+    demo.launch(**app.LAUNCH, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    client = Client(demo.local_url, verbose=False)
+    jobs = [client.submit(image=handle_file(part), api_name="/restore") for _ in range(6)]
+    words = " ".join(str(job.exception()) for job in jobs if job.exception())
+    client.close()
+    demo.close()
+    assert "queue is full" in words.lower(), words
+
+
+def test_no_file_stays_when_the_server_stops(page_model, part, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
+    demo = app.build_demo()
+    demo.launch(**app.LAUNCH, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    client = Client(demo.local_url, verbose=False)
+    client.predict(image=handle_file(part), api_name="/inspect")
+    assert any("part" in path.name for path in (tmp_path / "files").rglob("*"))
+    client.close()
+    demo.close()
+    assert wait_for(lambda: not [path for path in (tmp_path / "files").rglob("*part*") if path.is_file()])

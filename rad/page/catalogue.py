@@ -60,7 +60,7 @@ def facts(model: str) -> str:
         rows.append((html.escape(f"{result['metric']}, {result['data']}"), html.escape(value)))
     cells = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
     title = html.escape(known["model"])
-    return f"<div class='verdict'><strong>{title}</strong><table class='check'><tbody>{cells}</tbody></table></div>"
+    return f"<div class='verdict'><strong>{title}</strong><table class='facts'><tbody>{cells}</tbody></table></div>"
 
 
 def card(model: str) -> str:

@@ -28,6 +28,9 @@ THEME = gr.themes.Soft(
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
+[role=tab][aria-selected=true] { color: var(--primary-700) !important; }
+.dark [role=tab][aria-selected=true] { color: var(--primary-300) !important; }
+.prose .token { color: inherit !important; background: none !important; }  /* Gradio's are too faint */
 .wide-content { width: 0; min-width: 100%; }  /* wide tables scroll, tabs fold; neither widens the page */
 .verdict { border-left: .5rem solid var(--border-color-primary); border-radius: .5rem; padding: .75rem 1rem;
            background: var(--block-background-fill); min-height: 7.5rem; }
@@ -52,11 +55,11 @@ CSS = """
                    background: var(--button-primary-background-fill); }
 .flipbook svg { width: 100%; height: 7rem; } .flipbook .line { fill: none; stroke: var(--color-accent); }
 .flipbook .caption { min-height: 2.6em; }
-.check { width: 100%; border-collapse: collapse; margin-top: .6rem; } .check caption { text-align: left; }
-.check th, .check td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
+.facts { width: 100%; border-collapse: collapse; margin-top: .6rem; } .facts caption { text-align: left; }
+.facts th, .facts td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
                        vertical-align: top; border: solid var(--border-color-primary) !important;
                        border-width: 1px 0 0 !important; }
-.check th { color: var(--body-text-color-subdued); }
+.facts th { color: var(--body-text-color-subdued); }
 """
 
 
@@ -177,7 +180,7 @@ element.onclick = event => {
   let index = +find("input").value === last ? 0 : +find("input").value;
   show(index);
   find("button").textContent = "❚❚ Stop";
-  const milliseconds = Math.min(800, Math.max(60, 6000 / (last + 1)));
+  const milliseconds = Math.min(800, Math.max(40, 4000 / (last + 1)));
   timer = setInterval(() => { index < last ? show(++index) : stop(); }, milliseconds);
 };
 watch("value", stop);

@@ -167,4 +167,6 @@ def categories(model: str) -> list[str]:
 
 def title(model: str) -> str:
     product = visitors.product(model)
-    return NAMES.get(model, model) if product is None else f"Yours: {product.name}"
+    if product is not None:
+        return f"Yours: {product.name}"
+    return NAMES.get(model) or (Path(model).name if Path(model).is_dir() else model)

@@ -134,7 +134,7 @@ def report(model: str) -> str:
     return (
         f"<div class='verdict good' role='status'><strong>{html.escape(product.name)}: ready</strong>"
         f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab.</p>"
-        "<table class='check'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
+        "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
         f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "
         f"{min(10 * num_good, 10_000):,} can be told.{few}</p></div>"
