@@ -298,7 +298,7 @@ def test_models(page, hub, pipeline):
     expect(panel.locator(".facts")).to_contain_text("brick, gravel")
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="Magnetic tiles (MTD)").click()
-    expect(panel.locator(".facts")).to_contain_text("image AUROC, Magnetic Tile Defects")
+    expect(panel.locator(".facts")).to_contain_text("Magnetic Tile Defects")
     expect(panel.locator(".card").first).to_contain_text("Limits")
     panel.get_by_label("Hub id").fill("user/nothing")
     panel.get_by_role("button", name="Load from the Hub").click()

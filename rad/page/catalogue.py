@@ -50,14 +50,18 @@ def facts(model: str) -> str:
     names = ", ".join(html.escape(name) for name in known["categories"]) or "none yet: fit yours"
     rows = [
         ("Products", names),
-        ("Held-out good pictures behind its thresholds", f"{known['good_images']:,}"),
-        ("Looks at", f"{known['resolution']} x {known['resolution']} pixels; smaller defects may be lost"),
+        ("Good pictures behind its thresholds", f"{known['good_images']:,}"),
+        ("Looks at", f"{known['resolution']} x {known['resolution']} pixels; finer defects may be lost"),
         ("Parameters", f"{known['parameters'] / 1e6:.1f} M"),
     ]
+    data = None
     for result in known["results"]:
+        if result["data"] != data:
+            data = result["data"]
+            rows.append(("Measured on", html.escape(str(data))))
         value = result["value"]
         value = f"{value:.3f}" if isinstance(value, float) else str(value)
-        rows.append((html.escape(f"{result['metric']}, {result['data']}"), html.escape(value)))
+        rows.append((html.escape(str(result["metric"])), html.escape(value)))
     cells = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
     title = html.escape(known["model"])
     return f"<div class='verdict'><strong>{title}</strong><table class='facts'><tbody>{cells}</tbody></table></div>"

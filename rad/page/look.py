@@ -31,7 +31,7 @@ CSS = """
 [role=tab][aria-selected=true] { color: var(--primary-700) !important; }
 .dark [role=tab][aria-selected=true] { color: var(--primary-300) !important; }
 .prose .token { color: inherit !important; background: none !important; }  /* Gradio's are too faint */
-.wide-content { width: 0; min-width: 100%; }  /* wide tables scroll, tabs fold; neither widens the page */
+.wide-content { width: 0; min-width: 100% !important; }  /* wide tables scroll, tabs fold; neither widens the page */
 .verdict { border-left: .5rem solid var(--border-color-primary); border-radius: .5rem; padding: .75rem 1rem;
            background: var(--block-background-fill); min-height: 7.5rem; }
 .verdict.bad { border-color: #d1242f; } .verdict.good { border-color: #1a7f37; }
@@ -45,8 +45,8 @@ CSS = """
             background: linear-gradient(90deg, #0000, #57106e 25%, #bc3754 55%, #f98e09 80%, #fcffa4); }
 .empty { display: grid; place-items: center; min-height: 14rem; padding: 1rem; text-align: center;
          border: 1px dashed var(--border-color-primary); border-radius: .5rem; color: var(--body-text-color-subdued); }
-.layers .empty { min-height: min(65vh, 28rem); } .player { max-width: 30rem; }
-.layers .stack { position: relative; height: min(65vh, 28rem); }
+.layers .empty { min-height: min(65vh, 28rem, 90vw); } .player { max-width: 30rem; }
+.layers .stack { position: relative; height: min(65vh, 28rem, 90vw); }
 .layers .stack img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; }
 .strip figure { margin: 0; } .strip img { width: 100%; border-radius: .3rem; }
@@ -55,7 +55,8 @@ CSS = """
                    background: var(--button-primary-background-fill); }
 .flipbook svg { width: 100%; height: 7rem; } .flipbook .line { fill: none; stroke: var(--color-accent); }
 .flipbook .caption { min-height: 2.6em; }
-.facts { width: 100%; border-collapse: collapse; margin-top: .6rem; } .facts caption { text-align: left; }
+.facts { width: 100%; border-collapse: collapse; margin-top: .6rem; }
+.facts, .facts tr { border: 0 !important; } .facts caption { text-align: left; }
 .facts th, .facts td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
                        vertical-align: top; border: solid var(--border-color-primary) !important;
                        border-width: 1px 0 0 !important; }

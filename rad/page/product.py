@@ -168,7 +168,7 @@ def build(settings: Settings) -> None:
             files = gr.Files(label="Photos of good parts, or a zip of them", height=220)
             name = gr.Textbox("my product", label="Name", max_length=MAX_NAME)
             button = gr.Button("Fit my model", variant="primary")
-            zipped = gr.File(label="Your model, to download", interactive=False)
+            zipped = gr.File(label="Your model, to download", interactive=False, height=120)
         with gr.Column(scale=3, min_width=320):
             verdict = gr.HTML("<div class='verdict'><strong>No model yet</strong><p>Drop your good photos.</p></div>")
             figure = gr.HTML(empty("The scores of your good parts"))
