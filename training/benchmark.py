@@ -1,26 +1,37 @@
 #!/usr/bin/env python
 """Times side by side, in one run: layouts of the U-Net, the training loop against a plain one in RAN's manner, and
-pixel metrics against a plain loop; and the work of each network, from which the cost of the paper's tables follows.
+pixel metrics against a plain loop; the work of each network, from which the cost of the paper's tables follows; and the
+page under load.
 
     python training/benchmark.py layouts
     python training/benchmark.py loop
     python training/benchmark.py metrics
     python training/benchmark.py flops
+    python training/benchmark.py page
 
 A step is forward, losses, backward and update. Each figure is the median over rounds in which all candidates take
 turns, so that a busy machine slows all of them alike; ratios are to the first row.
 """
 
 import argparse
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from diffusers.training_utils import EMAModel
+from gradio_client import Client, handle_file
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
@@ -54,7 +65,7 @@ RESOLUTION, CROP_SIZE, BATCH_SIZE = 256, 128, 8
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layouts", "loop", "metrics", "flops"))
+    parser.add_argument("what", choices=("layouts", "loop", "metrics", "flops", "page"))
     parser.add_argument("--rounds", type=int, default=5, help="Each candidate is timed this often.")
     parser.add_argument("--compile", action="store_true", help="layouts: also torch.compile, minutes to start with.")
     parser.add_argument("--tflops", type=float, default=312.0, help="flops: peak of the GPU (A100, bf16: 312).")
@@ -226,6 +237,75 @@ def time_metrics(args: argparse.Namespace) -> None:
         print(f"| {name} | {value:.3f} | {first / value * maps.size / small[0].size:,.0f} x |")
 
 
+def time_page(args: argparse.Namespace, num_visitors: int = 20, batch_size: int = 200) -> None:
+    """The page of app.py in a process of its own: start, one visitor, 20 at once, a batch of 200; and its memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, page = f"http://127.0.0.1:{port}/", Path(__file__).resolve().parent.parent / "app.py"
+    start, quiet = time.perf_counter(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, page], env={**os.environ, "GRADIO_SERVER_PORT": str(port)}, **quiet)
+    peak, process = 0, psutil.Process(server.pid)
+
+    def answer() -> float:
+        """Seconds until the page is there."""
+        nonlocal peak
+        peak, began = max(peak, process.memory_info().rss), time.perf_counter()
+        with urllib.request.urlopen(url, timeout=60) as response:
+            response.read()
+        return time.perf_counter() - began
+
+    def inspect(client: Client, picture: Path) -> float:
+        began = time.perf_counter()
+        result = client.predict(image=handle_file(picture), api_name="/inspect")[0]
+        assert result["picture"] == picture.name, "somebody else's result"
+        return time.perf_counter() - began
+
+    try:
+        while server.poll() is None:
+            try:
+                answer()
+                break
+            except OSError:
+                time.sleep(0.1)
+        print(f"start to the page's first answer: {time.perf_counter() - start:.1f} s")
+        examples = sorted((EMBEDDED_DIR / "examples").glob("*.png"))
+        clients = [Client(url, verbose=False) for _ in tqdm(range(num_visitors), desc="visitors")]
+        print(f"first inspection, with loading the model: {inspect(clients[0], examples[0]):.1f} s")
+        alone = np.median([inspect(clients[0], examples[0]) for _ in range(args.rounds)])
+        with ThreadPoolExecutor(num_visitors) as threads:
+            jobs = [threads.submit(inspect, client, examples[i % len(examples)]) for i, client in enumerate(clients)]
+            answers = []
+            while not all(job.done() for job in jobs):
+                answers.append(answer())
+                time.sleep(0.2)
+        waits = [job.result() for job in jobs]
+        print(
+            f"an inspection alone {alone:.2f} s; {num_visitors} at once: median {np.median(waits):.1f} s, last "
+            f"{max(waits):.1f} s, {max(waits) / alone:.1f} times one alone; the page answers in {max(answers):.2f} s at most"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            archive = Path(folder) / "pictures.zip"
+            with zipfile.ZipFile(archive, "w") as file:
+                for i in range(batch_size):
+                    file.write(examples[i % len(examples)], f"{i:03d}.png")
+            began = time.perf_counter()
+            job = clients[0].submit(files=[handle_file(archive)], api_name="/inspect_batch")
+            beside = []
+            while not job.done():
+                beside.append(inspect(clients[1], examples[1]))
+                answer()
+                time.sleep(2)
+            rows = job.result()[0]["pictures"]
+        print(
+            f"a batch of {len(rows)}: {time.perf_counter() - began:.0f} s, while another visitor inspects one picture "
+            f"after the other in {np.median(beside):.1f} s each"
+        )
+        print(f"most memory: {peak / 1e9:.2f} GB")
+    finally:
+        server.terminate()
+
+
 def estimate_cost(args: argparse.Namespace) -> None:
     """Floating-point operations of a forward pass (a multiplication and an addition count as two), counted on no
     data, and hours for RAN's tables on a GPU that is assumed, not measured."""
@@ -250,4 +330,4 @@ def estimate_cost(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parse_args()
     candidates = {"layouts": time_layouts, "loop": time_loops, "metrics": time_metrics, "flops": estimate_cost}
-    candidates[arguments.what](arguments)
+    (candidates | {"page": time_page})[arguments.what](arguments)
