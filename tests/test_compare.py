@@ -11,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+from processes import FORKS
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.neighbors import NearestNeighbors
@@ -175,7 +176,9 @@ def flags(folders):
 
 @pytest.fixture(scope="module")
 def rows(flags):
-    return compare.main(compare.parse_args(flags))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.multiprocessing, "get_context", {"spawn": FORKS}.get)  # faster
+        return compare.main(compare.parse_args(flags))
 
 
 def test_the_table_has_every_column_and_each_row_its_place(rows, folders):

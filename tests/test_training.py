@@ -19,6 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
+from processes import start_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -158,19 +159,13 @@ def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, 
 
 def test_killed_and_resumed_gives_the_very_same_weights(whole, data_dir, tmp_path):
     flags = ["--max_train_steps", "1000", "--checkpointing_steps", "2"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command(data_dir, tmp_path, *flags))],
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (tmp_path / "checkpoint-2").is_dir() and process.poll() is None:
+    process = start_script(*command(data_dir, tmp_path, *flags))
+    while not (tmp_path / "checkpoint-2").is_dir() and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    errors = process.communicate()[1]
+    process.kill()
+    process.join()
     checkpoints = train.checkpoints_of(tmp_path)
-    assert checkpoints and process.returncode == -signal.SIGKILL, errors[-3000:]
+    assert checkpoints and process.exitcode == -signal.SIGKILL
     for later in checkpoints[1:]:  # it may have got further before it was killed
         shutil.rmtree(later)
     (tmp_path / ".partial-checkpoint-4").mkdir(exist_ok=True)
