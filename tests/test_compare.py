@@ -122,7 +122,7 @@ def test_autoencoders_learn(method, pipeline, images):
 
 
 def test_the_denoising_autoencoder_removes_noise(pipeline, images):
-    peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "150", "--train_batch_size", "8")
+    peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "75", "--train_batch_size", "4")
     peer.fit(images)
     x = from_uint8(images)
     noisy = x + peer.noise_std * compare.coarse_noise(x)
