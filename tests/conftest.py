@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = HOME.name
 os.environ["HF_TOKEN"] = ""
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave a shared core to others
 
 import gradio as gr
 import numpy as np

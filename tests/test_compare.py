@@ -11,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+from processes import FORKS
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.neighbors import NearestNeighbors
@@ -121,7 +122,7 @@ def test_autoencoders_learn(method, pipeline, images):
 
 
 def test_the_denoising_autoencoder_removes_noise(pipeline, images):
-    peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "150", "--train_batch_size", "8")
+    peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "75", "--train_batch_size", "4")
     peer.fit(images)
     x = from_uint8(images)
     noisy = x + peer.noise_std * compare.coarse_noise(x)
@@ -175,7 +176,9 @@ def flags(folders):
 
 @pytest.fixture(scope="module")
 def rows(flags):
-    return compare.main(compare.parse_args(flags))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.multiprocessing, "get_context", {"spawn": FORKS}.get)  # faster
+        return compare.main(compare.parse_args(flags))
 
 
 def test_the_table_has_every_column_and_each_row_its_place(rows, folders):

@@ -1,7 +1,5 @@
 """What good images look like: distances against plain NumPy, and scores, p-values and thresholds on fresh draws."""
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import new_pipeline, texture
+from processes import run_twice
 from scipy.spatial.distance import mahalanobis
 from scipy.stats import beta
 from skimage.measure import block_reduce
@@ -615,11 +614,8 @@ def buffers_of_fits(rank: int = 0, accelerator: Accelerator | None = None) -> di
     return {name: dict(model.named_buffers()) for name, model in models.items()}
 
 
-def run_process(rank: int, port: int, folder: Path) -> None:
-    """One of two, as `accelerate launch` starts them."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def run_process(rank: int, folder: Path) -> None:
+    """One of two."""
     accelerator = Accelerator(cpu=True)
     torch.save(buffers_of_fits(rank, accelerator), folder / f"{rank}.pt")
     with pytest.raises(ValueError, match="has 1 good images"):  # on both
@@ -628,10 +624,7 @@ def run_process(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_fit_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_process, (port, tmp_path), nprocs=2)
+    run_twice(run_process, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, expected in buffers_of_fits().items():
         tolerance = 2e-3 if name == "pipeline" else 1e-5  # the pipeline rounds to half precision
