@@ -114,7 +114,9 @@ class RADImageProcessor:
             ValueError: `map` is not a finite `[H, W]` of the image's size, or not vmin < vmax, both finite.
         """
         if map.shape != (image.height, image.width):
-            raise ValueError(f"The map must be {(image.height, image.width)} as the image, not {map.shape}.")
+            raise ValueError(
+                f"The map must be finite and {(image.height, image.width)} as the image, not {map.shape}."
+            )
         heat = _heat(map, vmin, vmax)
         alpha = opacity * heat[..., 3:]
         pixels = (1 - alpha) * np.asarray(image.convert("RGB"), np.float32) + alpha * 255 * heat[..., :3]
@@ -136,7 +138,7 @@ def _heat(map: np.ndarray, vmin: float, vmax: float) -> np.ndarray:
     from matplotlib import colormaps
 
     if map.ndim != 2 or not np.isfinite(map).all():
-        raise ValueError(f"The map must be [H, W] and finite, not {list(map.shape)}.")
+        raise ValueError(f"The map must be finite and [H, W], not {list(map.shape)}.")
     if not 0 < vmax - vmin < float("inf"):
         raise ValueError(f"vmin ({vmin}) must be below vmax ({vmax}), both finite.")
     heat = ((map.astype(np.float32) - vmin) / (vmax - vmin)).clip(0, 1)

@@ -237,9 +237,8 @@ def svg(figure: Figure, description: str) -> str:
     heading = re.search(r'viewBox="[^"]*"', content)[0]
     label = html.escape(description, quote=True)
     style = "width: 100%; height: auto; fill: currentColor; font-family: inherit"
-    opening = (
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {heading} role="img" aria-label="{label}" style="{style}">'
-    )
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    opening = f'<svg {names} {heading} role="img" aria-label="{label}" style="{style}">'
     return opening + content[content.index(">") + 1 :]
 
 

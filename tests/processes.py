@@ -19,6 +19,7 @@ FORKS.set_forkserver_preload(
         "pytest",
         "torchvision",
         "timm",
+        "gradio",
         "diffusers.models.unets.unet_2d",
         "diffusers.optimization",
         "diffusers.training_utils",

@@ -458,6 +458,16 @@ def test_overlay_is_transparent_below_vmin_and_inferno_at_vmax():
     assert np.abs(out[0, 2:] - top).max() <= 0.5 + 1e-3
 
 
+def test_the_layer_of_heat_over_an_image_is_the_overlay():
+    image = Image.new("RGB", (5, 1), (10, 100, 200))
+    values = np.array([[-5.0, 1.0, 1.5, 2.5, 9.0]])
+    layer = processor.heat(values, vmin=1, vmax=3)
+    assert layer.mode == "RGBA" and np.asarray(layer)[0, [0, 1, 4], 3].tolist() == [0, 0, 255]
+    over = Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+    expected = np.asarray(processor.overlay(image, values, 1, 3, opacity=1.0), int)
+    assert np.abs(np.asarray(over, int) - expected).max() <= 2  # of 255: the layer has 8 bits
+
+
 @pytest.mark.parametrize(
     ("heat", "vmin", "vmax", "message"),
     [

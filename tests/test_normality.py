@@ -518,6 +518,24 @@ def test_few_good_images_leave_a_wide_interval(count, rate, high):
     assert above > 0 and model.false_alarm_interval(0.3) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.1, 0.3])
+def test_held_out_alarms_are_those_of_each_image_judged_by_the_others(rate):
+    """Each score's rank among the others, and beyond their upper tenth the exponential tail, in plain NumPy."""
+    model = fit(*GoodImages(seed=6).draw(30))
+    scores, alarms = model.good_scores[0].double().numpy(), 0
+    for i, score in enumerate(scores):
+        others = np.delete(scores, i)
+        tail = len(others) // 10
+        start, excess = others[-tail - 1], others[-tail:].mean() - others[-tail - 1]
+        p = (1 + (others >= score).sum()) / (1 + len(others))
+        if score > start:
+            p = (tail + 1) / (len(others) + 1) * np.exp(-(score - start) / max(excess, 1e-3))
+        alarms += p <= rate
+    assert model.held_out_alarms(rate) == alarms
+    if rate == 0.3:
+        assert 5 <= alarms <= 13  # of 30, whose p-values are about uniform
+
+
 def test_thresholds_hold_on_fresh_images_of_several_categories():
     """What is held out is also held out of the units that make categories comparable: else the tail is too thin."""
     alarms, rates = np.zeros(3), (0.01, 0.05, 0.1)

@@ -43,6 +43,18 @@ def test_maps_have_the_size_of_each_input(pipeline, good_images):
     assert output.anomaly_map[0].dtype == np.float32 and output.mask[0].dtype == bool
 
 
+def test_maps_of_another_size_are_the_same_maps(pipeline, good_images):
+    """At the normality model's own size nothing is lost: resized later they are what the pipeline gives at once."""
+    wide = good_images[0].resize((90, 50))
+    size = pipeline.normality.config.map_size
+    own, output = pipeline(wide, map_size=(size, size)), pipeline(wide)
+    assert own.anomaly_map.shape == own.mask.shape == (1, size, size)
+    for name in ("anomaly_map", "pixel_map", "rgb_map"):
+        resized = pipeline.image_processor.resize_map(torch.from_numpy(own[name]), [(50, 90)])[0]
+        assert np.array_equal(resized, output[name][0])
+    assert own.score == output.score
+
+
 def test_a_defect_is_found_where_it_is(pipeline, good_images):
     pixels = np.array(good_images[0])
     pixels[20:36, 24:40] = [250, 40, 40]
@@ -122,6 +134,43 @@ def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipel
     z = z / normality.scale[0, -2] / normality.map_scale[0, 3]
     output = pipeline(good_images[:2], num_noise_samples=2)
     np.testing.assert_allclose(output.residual_map, np.stack(processor.resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
+
+
+def test_the_denoising_step_made_visible_is_that_of_the_score(two_category_pipeline, two_category_images):
+    """The mean over its timesteps is what raw_scores gives, and its pictures are what the scheduler and U-Net make."""
+    pipeline, image = two_category_pipeline, two_category_images[0][-1]
+    steps = pipeline.denoise(image)
+    x_0, _ = pipeline.image_processor.preprocess(image)
+    labels, t = torch.tensor([1]), torch.tensor([201])
+    with torch.no_grad():
+        features = pipeline.feature_extractor(x_0)
+        kl, error, rgb, _ = pipeline.raw_scores(x_0, features, labels, TIMESTEPS)
+        noise = torch.randn(1, *x_0.shape[1:], generator=torch.Generator().manual_seed(201))
+        x_t = pipeline.scheduler.add_noise(x_0, noise, t)
+        output = pipeline.unet(x_t, t, labels)
+        _, x0_hat = pipeline.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
+    assert steps.timesteps == TIMESTEPS
+    for ours, expected in ((steps.pixel_map, kl), (steps.feature_map, error), (steps.rgb_map, rgb)):
+        np.testing.assert_allclose(ours, expected[0].numpy(), rtol=1e-3, atol=1e-4)
+    for ours, expected in ((steps.x_t, x_t), (steps.x0_hat, x0_hat)):
+        expected = np.asarray(pipeline.image_processor.to_pil(expected)[0], int)
+        assert np.abs(np.asarray(ours[1], int) - expected).max() <= 1
+    betas = np.linspace(1e-4, 0.02, 1000)
+    np.testing.assert_allclose(steps.noise_levels, np.sqrt(1 - np.cumprod(1 - betas)[TIMESTEPS]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": []}, "Give one image, not a list of 0"),
+        ({"timesteps": []}, "The list of timesteps is empty"),
+        ({"timesteps": [21]}, "respaced timesteps"),
+        ({"class_labels": "nut"}, "There is no category 'nut'"),
+    ],
+)
+def test_denoise_refuses_in_one_sentence(pipeline, good_images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.denoise(**({"image": good_images[0]} | arguments))
 
 
 def test_antithetic_draws_are_mirrored(pipeline):
@@ -255,6 +304,7 @@ def test_keep_normal_can_be_turned_off(pipeline, good_images):
         ({"num_noise_samples": 0}, "num_noise_samples"),
         ({"output_type": "jpg"}, "output_type"),
         ({"batch_size": 0}, "batch_size"),
+        ({"map_size": (0, 4)}, "map_size must be"),
         ({"class_labels": ["object", "object"]}, "2 class_labels were given for 1 images"),
     ],
 )

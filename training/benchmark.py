@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times side by side, in one run: layouts of the U-Net, the training loop against a plain one in RAN's manner, and
-pixel metrics against a plain loop; the work of each network, from which the cost of the paper's tables follows; and the
-page under load.
+pixel metrics against a plain loop; the work of each network, from which the cost of the paper's tables follows; and
+the page under load.
 
     python training/benchmark.py layouts
     python training/benchmark.py loop
@@ -282,7 +282,8 @@ def time_page(args: argparse.Namespace, num_visitors: int = 20, batch_size: int 
         waits = [job.result() for job in jobs]
         print(
             f"an inspection alone {alone:.2f} s; {num_visitors} at once: median {np.median(waits):.1f} s, last "
-            f"{max(waits):.1f} s, {max(waits) / alone:.1f} times one alone; the page answers in {max(answers):.2f} s at most"
+            f"{max(waits):.1f} s, {max(waits) / alone:.1f} times one alone; meanwhile the page answers in "
+            f"{max(answers):.2f} s at most"
         )
         with tempfile.TemporaryDirectory() as folder:
             archive = Path(folder) / "pictures.zip"

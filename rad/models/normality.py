@@ -470,7 +470,7 @@ def _p_value(scores: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     """The p-value of scores [B] among those of good images, as `NormalityModel.p_value` explains it."""
     start, rate, mean_excess = _tail(good)
     scores = scores.to(good)
-    above = (good[None] >= scores[:, None]).sum(1)
+    above = (good[None] >= scores[:, None]).sum(1).double()  # in float32 a rate that is a rank would be missed
     rank = (1.0 + above) / (1.0 + len(good))
     tail = rate * torch.exp(-(scores - start) / mean_excess)
     return torch.where(scores > start, tail, rank).clamp(1e-12, 1.0)

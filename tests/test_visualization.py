@@ -1,0 +1,62 @@
+"""Figures of the page, by what is drawn in them."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from rad.visualization import encode_map, score_figure
+
+GOOD = np.linspace(-2.0, 2.0, 41)
+SPACE = "{http://www.w3.org/2000/svg}"
+
+
+def words(figure: str) -> str:
+    return " ".join("".join(text.itertext()) for text in ElementTree.fromstring(figure).iter(f"{SPACE}text"))
+
+
+def test_a_figure_is_sound_and_takes_the_colour_of_the_text_around_it():
+    figure = score_figure(GOOD, 1.9, 0.05, [0.5], 'Scores of "<parts>" & more')
+    root = ElementTree.fromstring(figure)
+    assert root.get("role") == "img" and root.get("aria-label") == 'Scores of "<parts>" & more'
+    assert "currentColor" in figure and "#000000" not in figure
+    assert "41 good images" in words(figure) and "alarm, 5 % of good ones" in words(figure)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.5], "picture without alarm"),
+        ([2.5], "picture with alarm"),
+        ([0.5, 1.0, 2.5], "2 x picture without alarm 1 x picture with alarm"),
+        ([99.0], "(99, beyond the right edge)"),
+        ([0.0, 99.0, 98.0], "(2 beyond the right edge)"),
+    ],
+)
+def test_scores_stand_on_their_side_of_the_alarm(scores, expected):
+    found = words(score_figure(GOOD, 1.9, 0.05, scores, ""))
+    assert expected in found
+    assert ("beyond" in found) == ("beyond" in expected)
+
+
+def test_marks_stand_where_their_scores_lie():
+    """In the same figure, a score half way between two others is drawn half way between them."""
+    figure = score_figure(GOOD, 1.9, 0.05, [-1.0, 0.0, 1.0], "")
+    places = [
+        float(x) for x in re.findall(r'<use xlink:href="#[^"]*" x="([\d.]+)" y="[\d.]+" style="fill: #009e73', figure)
+    ]
+    assert len(places) == 4, "three marks and one in the legend"
+    low, middle, high = sorted(places[:3])
+    assert middle - low == pytest.approx(high - middle, rel=1e-3)
+
+
+def test_no_scores_and_equal_scores_make_figures_too():
+    assert "picture" not in words(score_figure(GOOD, 1.9, 0.05, [], ""))
+    assert "<svg" in score_figure(np.zeros(10), 0.0, 0.05, [0.0], "")
+
+
+def test_maps_as_numbers_of_16_bits():
+    encoded = np.asarray(encode_map(np.array([[-9.0, -8.0, 0.0, 1.0, 2.5, 55.0, 60.0]])))
+    assert encoded.dtype == np.uint16
+    assert encoded.tolist() == [[0, 0, 8192, 9216, 10752, 64512, 65535]]
