@@ -9,7 +9,7 @@ import os
 
 import gradio as gr
 
-from rad.page import api, batch, catalogue, inspection, product, settings, visitors, why
+from rad.page import api, batch, catalogue, inspection, models, product, settings, visitors, why
 from rad.page.look import CSS, THEME
 
 INTRO = """
@@ -47,4 +47,5 @@ def build_demo() -> gr.Blocks:
 LAUNCH = {"theme": THEME, "css": CSS, "max_file_size": "500mb", "footer_links": ["api"], "mcp_server": True}
 
 if __name__ == "__main__":
+    models.load(models.offered()[0])  # what is wrong with RAD_MODEL shows now, and nobody waits for it
     build_demo().launch(**LAUNCH)

@@ -111,6 +111,21 @@ def test_what_nobody_asks_for_goes_in_time(monkeypatch):
     assert not old.exists()
 
 
+def test_few_products_are_kept(monkeypatch):
+    """Of one session and of all, those used longest ago make room."""
+    monkeypatch.setattr(visitors, "MAX_OWN", 2)
+    monkeypatch.setattr(visitors, "MAX_ALL", 3)
+    thing = visitors.Product("nut", "synthetic", None)
+    mine = [visitors.keep("me", thing) for _ in range(2)]
+    visitors.product(mine[0])
+    mine.append(visitors.keep("me", thing))
+    assert [token in visitors._kept for token in mine] == [True, False, True]
+    others = [visitors.keep(f"other {i}", thing) for i in range(2)]
+    assert [token in visitors._kept for token in (*mine, *others)] == [False, False, True, True, True]
+    visitors.keep("me")  # results are no products
+    assert len(visitors._kept) == 4
+
+
 def test_a_model_that_was_deleted_says_so(request_of_visitor, page_model):
     token = visitors.keep("visitor", visitors.Product("nut", page_model, models.pipeline(page_model).normality))
     assert models.title(token) == "Yours: nut"

@@ -109,11 +109,11 @@ def save(model: str) -> str:
     config = pipeline.config
     pipeline = type(pipeline)(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
     stem = file_name(product.name)
-    pipeline.save_pretrained(folder / stem)
     path = folder / f"{stem}.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted((folder / stem).rglob("*")):
-            archive.write(file, file.relative_to(folder))
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(path, "w") as archive:
+        pipeline.save_pretrained(Path(unpacked) / stem)
+        for file in sorted(Path(unpacked).rglob("*")):
+            archive.write(file, file.relative_to(unpacked))
     return str(path)
 
 

@@ -16,6 +16,7 @@ from gradio.utils import get_upload_folder
 from rad import NormalityModel
 
 KEPT_SECONDS = 2700  # with a clean-up every 900 s, an upload is gone within the hour
+MAX_OWN, MAX_ALL = 5, 64  # products of one session and of all; those used longest ago make room
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ _kept: dict[str, Kept] = {}
 
 def keep(owner: str | None, product: Product | None = None) -> str:
     """Makes a place for a visitor's results or model; returns its token. Also clears what others have left."""
-    for token, kept in list(_kept.items()):
-        if time.monotonic() - kept.used > KEPT_SECONDS:
-            _remove(token)
+    present = sorted(_kept.items(), key=lambda item: item[1].used)
+    left = [token for token, kept in present if time.monotonic() - kept.used > KEPT_SECONDS]
+    if product is not None:
+        products = [token for token, kept in present if kept.product]
+        own = [token for token, kept in present if kept.product and kept.owner == owner]
+        left += own[: 1 - MAX_OWN] + products[: 1 - MAX_ALL]
+    for token in left:
+        _remove(token)
     token = secrets.token_urlsafe(16) if product is None else f"product-{secrets.token_urlsafe(16)}"
     # In Gradio's cache, so that Gradio serves the files where they are and deletes them with its own
     folder = Path(get_upload_folder()) / token
@@ -63,10 +69,11 @@ def product(model: str) -> Product | None:
     """
     if not model.startswith("product-"):
         return None
-    if model not in _kept:
+    kept = _kept.get(model)
+    if kept is None:
         raise ValueError("This model was deleted with its session: fit it again, or choose another model.")
-    _kept[model].used = time.monotonic()
-    return _kept[model].product
+    kept.used = time.monotonic()
+    return kept.product
 
 
 def forget(request: gr.Request) -> None:
