@@ -196,6 +196,8 @@ def test_why_and_the_restoration(page):
     open_tab(page, "Inspect")
     open_tab(page, "Good version")
     expect(page.get_by_text("Distance to good parts:")).to_be_visible()
+    run_example(page, "brick stain")
+    expect(page.get_by_text("Distance to good parts:")).to_have_count(0)  # that was the other picture's
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,16 @@ def test_the_page_says_what_the_pipeline_says(part, inspected, page_model):
     assert [tuple(region["box"]) for region in result["regions"]] == [region.box for region in found.regions[0]]
 
 
+def test_a_model_without_good_parts_says_what_to_do(
+    part, page_model, tmp_path, small_pipeline_without_normality, monkeypatch
+):
+    small_pipeline_without_normality.save_pretrained(tmp_path / "bare")
+    monkeypatch.setenv("RAD_MODEL", str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="knows no good parts yet"):
+        inspection.score(part, str(tmp_path / "bare"), models.AUTO)
+    assert "none yet" in catalogue.facts(str(tmp_path / "bare"))
+
+
 def test_files_to_download(inspected, tmp_path):
     paths = {Path(path).name: path for path in inspection.save(inspected, 0.2, tmp_path)}
     assert list(paths) == [f"part_{end}" for end in ("overlay.png", "map.png", "map.npy", "mask.png", "result.json")]

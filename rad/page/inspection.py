@@ -88,11 +88,13 @@ class Inspection:
 def score(path: str, model: str, category: str) -> Inspection:
     """Scores the picture at a path."""
     pipeline = models.pipeline(model)
+    if pipeline.normality is None:
+        raise ValueError("This model knows no good parts yet: fit yours to it in the tab Your product.")
     picture = pipeline.image_processor.decode(path)
     # The pipeline's own first step: the numbers are those of the whole picture, in a fraction of the memory
     resolution = pipeline.config.resolution
     small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    side = pipeline.normality.config.map_size if pipeline.normality is not None else resolution
+    side = pipeline.normality.config.map_size
     label = None if category in (models.AUTO, "") else category
     found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
     maps = {name: getattr(found, "anomaly_map" if name == "fused" else f"{name}_map") for name in SCORES}
@@ -319,14 +321,15 @@ def build(settings: Settings) -> None:
     def choose(event: gr.SelectData):
         return examples[event.index], EXAMPLES_MODEL, models.AUTO
 
-    picked = pick.select(
-        choose,
-        None,
-        [image, settings.model, settings.category],
-        api_visibility="private",
-    ).success(**scoring)
-    for done in (clicked, picked):
-        done.success(lambda: None, outputs=files, api_visibility="private", js=SHOW_VERDICT_JS)
+    chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")
+    picked = chosen.success(**scoring)
+    for done in (clicked, picked):  # what belongs to the picture before goes
+        done.success(
+            lambda: (None, None, ""),
+            outputs=[files, settings.restored, settings.distance],
+            api_visibility="private",
+            js=SHOW_VERDICT_JS,
+        )
     settings.rate.input(
         on_redraw,
         [settings.inspection, settings.rate],
