@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
@@ -175,6 +177,26 @@ def test_a_model_that_is_too_large_is_not_downloaded(hub, two_category_pipeline,
     monkeypatch.setattr(models, "MAX_DOWNLOAD", 1e6)
     with pytest.raises(ValueError, match=r"user/large has \d+ MB of weights; this page loads up to 1 MB"):
         models.load("user/large")
+
+
+def test_a_download_holds_up_nobody_else(page_model, monkeypatch):
+    """While one model is on its way others are there at once, and who wants the same gets it from one download."""
+    models.load(page_model)
+    arrived, downloads = threading.Event(), []
+
+    def slow(model: str) -> models.Loaded:
+        downloads.append(model)
+        arrived.wait(20)
+        return models._loaded[page_model]
+
+    monkeypatch.setattr(models, "_load", slow)
+    monkeypatch.setattr(models, "_loaded", models._loaded.copy())
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(models.load, "user/slow") for _ in range(2)]
+        assert models.load(page_model) and not any(job.done() for job in both)
+        arrived.set()
+        assert both[0].result() is both[1].result()
+    assert downloads == ["user/slow"]
 
 
 def test_few_models_stay_in_memory(page_model, monkeypatch):

@@ -167,5 +167,5 @@ def build() -> None:
                 [make() for make in outputs],
                 api_name=action.__name__,
                 concurrency_id=group,
-                concurrency_limit=2 if group == "load" else 1,
+                concurrency_limit=2 if group in ("score", "load") else 1,
             )

@@ -311,7 +311,7 @@ def build(settings: Settings) -> None:
         "inputs": [image, settings.model, settings.category, settings.rate],
         "outputs": [settings.inspection, *results],
         "concurrency_id": "score",
-        "concurrency_limit": 1,
+        "concurrency_limit": 2,
         "show_progress_on": [verdict],
         "api_visibility": "private",
     }

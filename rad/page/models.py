@@ -42,7 +42,8 @@ class Loaded(NamedTuple):
 
 
 _loaded: OrderedDict[str, Loaded] = OrderedDict()
-_loading = threading.Lock()
+_loading: dict[str, threading.Lock] = {}  # who waits for a download waits for that one only
+_lock = threading.Lock()
 
 
 def offered() -> list[str]:
@@ -57,13 +58,17 @@ def load(model: str) -> Loaded:
         ValueError: It is neither.
         OSError: It can not be had or read; one sentence says why.
     """
-    with _loading:
-        if model not in _loaded:
-            _loaded[model] = _load(model)
+    with _lock:
+        loading = _loading.setdefault(model, threading.Lock())
+    with loading:
+        loaded = _loaded.get(model) or _load(model)
+        with _lock:
+            _loaded[model] = loaded
+            _loaded.move_to_end(model)
             while len(_loaded) > MAX_LOADED:
                 _loaded.popitem(last=False)
-        _loaded.move_to_end(model)
-        return _loaded[model]
+            _loading.pop(model, None)
+    return loaded
 
 
 def _load(model: str) -> Loaded:

@@ -141,7 +141,7 @@ def build(settings: Settings, tab: gr.Tab) -> None:
         [settings.inspection, shown],
         [shown, levels, maps, steps],
         concurrency_id="score",
-        concurrency_limit=1,
+        concurrency_limit=2,
         show_progress_on=[levels],
         api_visibility="private",
     )
