@@ -31,7 +31,8 @@ HEADERS = ["picture", "verdict", "score", "p-value", "surface", "product", "erro
 
 HELP = """
 Drop many pictures, or a zip of them. Each gets a row; a file that is no picture gets one too, with the reason. The
-dots beside a heading sort and filter. Moving the alarm above changes the verdicts at once.
+**p-value** is how often a good part scores as high. The dots beside a heading sort and filter. Moving the alarm above
+changes the verdicts at once.
 """
 NO_SUMMARY = "<div class='verdict'><strong>No pictures yet</strong><p>Drop files on the left.</p></div>"
 

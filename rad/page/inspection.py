@@ -36,6 +36,10 @@ SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 NO_VERDICT = "<div class='verdict'><strong>No picture yet</strong><p>Upload one, or pick an example.</p></div>"
 LEGEND = """<p class='legend'>Heat: as usual <i></i> far odder than good parts.
 Lines and numbers: the regions that raise the alarm.</p>"""
+REGIONS_HELP = """
+Where the alarm comes from. The **peak** says how odd the oddest spot of a region is: 1 is the standard deviation of
+good parts at such a spot. Point at a label to see its region alone.
+"""
 GOOD_HELP = """
 Each good picture that the model was not trained on has a score; this picture's score stands among them. The dashed
 line moves with the share of good parts that may raise an alarm.
@@ -281,9 +285,8 @@ def build(settings: Settings) -> None:
                     stack = layers("The picture with heat where it is unlike good parts")
                     gr.HTML(LEGEND)
                 with gr.Tab("Regions"):
-                    boxes = gr.AnnotatedImage(
-                        label="Regions: share of the surface, and peak in deviations of good parts", height=420
-                    )
+                    gr.Markdown(REGIONS_HELP)
+                    boxes = gr.AnnotatedImage(label="Regions: share of the surface, peak", height=420)
                     table = gr.Dataframe(
                         headers=["No.", "left, top", "size", "surface", "peak"],
                         datatype=["number", "str", "str", "str", "number"],

@@ -93,6 +93,7 @@ RATE_HTML = """
 <input id="rate" type="range" min="0" max="${rates.length - 1}" value="${rates.indexOf(value)}"
        aria-valuetext="${+(100 * value).toPrecision(3)} %">
 <div class="ends"><span>fewer false alarms</span><span>fewer missed defects</span></div>
+<div class="note">The share of good parts that may be called defective by mistake.</div>
 """
 RATE_JS = 'element.oninput = event => { props.value = props.rates[event.target.value]; trigger("input"); }'
 
