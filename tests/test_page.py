@@ -376,12 +376,19 @@ def test_archives_are_not_trusted(tmp_path, monkeypatch, page_model, part):
     *_, done = batch.score_all(paths, page_model, models.AUTO, tmp_path)
     assert "has more than 0 MB" in done.rows[0].error and done.rows[1].error
     assert not list(tmp_path.parent.glob("escaped*")) and not list(tmp_path.parent.parent.glob("escaped*"))
+    for name, content in (("no.zip", b"no zip"), ("empty.zip", b"")):
+        (tmp_path / name).write_bytes(content)
+        *_, done = batch.score_all([str(tmp_path / name), part], page_model, models.AUTO, tmp_path)
+        assert [row.error for row in done.rows] == [f"{name} is damaged, or no zip archive.", ""]
     damaged = bytearray(Path(paths[0]).read_bytes())
     damaged[40:60] = bytes(20)
     (tmp_path / "bomb.zip").write_bytes(damaged)
     *_, done = batch.score_all(paths[:1], page_model, models.AUTO, tmp_path)
     assert "zeros.png" in done.rows[0].error
+    entries = write_zip(tmp_path / "many.zip", {f"{i}.png": b"" for i in range(11)})
     monkeypatch.setattr(batch, "MAX_PICTURES", 1)
+    with pytest.raises(ValueError, match="many.zip has more than 10 entries"):
+        batch.list_files([entries])
     with pytest.raises(ValueError, match="At most 1 pictures are taken at a time; these are 2"):
         batch.list_files(paths)
     with pytest.raises(ValueError, match="Give pictures"):

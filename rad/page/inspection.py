@@ -121,7 +121,7 @@ def score(path: str, model: str, category: str) -> Inspection:
 
 def heat_range(inspection: Inspection, score_type: str = "fused") -> tuple[float, float]:
     """Heat from what 1 good pixel in 20 exceeds; half as strong as it gets where 1 in 1000 does."""
-    normality = models.pipeline(inspection.model).normality
+    normality = models.normality(inspection.model)
     low, middle = (normality.pixel_threshold(rate, score_type) for rate in (0.05, 0.001))
     return low, 2 * middle - low
 
@@ -133,14 +133,14 @@ def decide(
     if not 0 < rate < 1:
         raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
     anomaly_map = inspection.map(size)
-    threshold = models.pipeline(inspection.model).normality.pixel_threshold(rate)
+    threshold = models.normality(inspection.model).pixel_threshold(rate)
     mask = (anomaly_map > threshold) & (inspection.p_value <= rate)
     return anomaly_map, mask, find_regions(mask, anomaly_map)
 
 
 def result(inspection: Inspection, rate: float) -> dict:
     """What there is to say about a picture, for programs; boxes and areas in its own pixels."""
-    normality = models.pipeline(inspection.model).normality
+    normality = models.normality(inspection.model)
     _, mask, regions = decide(inspection, rate, inspection.size)
     return {
         "picture": inspection.name,
@@ -208,7 +208,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
     """Verdict, layers, boxes, table and histogram at a false-alarm rate, from the kept maps: no model runs."""
     if inspection is None:
         return [gr.skip()] * 5
-    normality = models.pipeline(inspection.model).normality
+    normality = models.normality(inspection.model)
     _, mask, regions = decide(inspection, rate, inspection.view.size)
     shown, pixels = regions[:SHOWN_REGIONS], mask.size
     interval = normality.false_alarm_interval(rate)

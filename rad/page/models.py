@@ -164,10 +164,15 @@ def pipeline(model: str) -> RADPipeline:
     return with_normality(load(product.base).pipeline, product.normality)
 
 
+def normality(model: str) -> NormalityModel | None:
+    product = visitors.product(model)
+    return load(model).pipeline.normality if product is None else product.normality
+
+
 def categories(model: str) -> list[str]:
     """The kinds of parts that a model tells apart; none if it knows no good parts yet."""
-    normality = pipeline(model).normality
-    return [] if normality is None else list(normality.config.categories)
+    known = normality(model)
+    return [] if known is None else list(known.config.categories)
 
 
 def title(model: str) -> str:

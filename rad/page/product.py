@@ -86,7 +86,7 @@ def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
 
 def self_check(model: str) -> list[dict]:
     """At several alarms, how many held-out good pictures raise one, each judged by the others."""
-    normality = visitors.product(model).normality
+    normality = models.normality(model)
     return [
         {
             "false_alarm_rate": rate,

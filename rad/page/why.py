@@ -67,7 +67,7 @@ def map_pictures(inspection: Inspection) -> list[tuple[Image.Image, str]]:
 
 def level_pages(inspection: Inspection, steps: RADDenoisingOutput) -> list[tuple[list[Image.Image], str]]:
     """For each noise level x_t, x0_hat, the KL map and the feature map, and a caption."""
-    fitted, pages = models.pipeline(inspection.model).normality.config.timesteps, []
+    fitted, pages = models.normality(inspection.model).config.timesteps, []
     for i, timestep in enumerate(steps.timesteps):
         kl, error = steps.pixel_map[i], steps.feature_map[i]
         kl_top, error_top = (float(np.quantile(values, 0.999)) for values in (kl, error))
@@ -101,7 +101,7 @@ def on_explain(inspection: Inspection | None, shown: Inspection | None, progress
     progress(0.2, desc="Adding noise and removing it")
     steps = explain(inspection)
     progress(0.9, desc="Drawing")
-    fitted = models.pipeline(inspection.model).normality.config.timesteps
+    fitted = models.normality(inspection.model).config.timesteps
     middle = steps.timesteps.index(fitted[len(fitted) // 2])
     titles = ["x_t: noised", "x0_hat: what the model expects", "KL divergence", "feature error"]
     book = flipbook_value(titles, level_pages(inspection, steps), middle)
