@@ -10,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import gradio as gr
 import pandas as pd
@@ -100,18 +100,15 @@ def list_members(path: Path) -> list[str]:
     """The files in an archive, without folders and what systems hide there."""
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile
+    most = 10 * MAX_PICTURES
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # Before zipfile makes an object of each of the millions of entries that a hostile one may have
-        if (
-            sum(1 for _ in itertools.islice(re.finditer(b"PK\x01\x02", content), 10 * MAX_PICTURES + 1))
-            > 10 * MAX_PICTURES
-        ):
-            raise ValueError(f"{path.name} has more than {10 * MAX_PICTURES:,} entries.")
+        entries = sum(1 for _ in itertools.islice(re.finditer(b"PK\x01\x02", content), most + 1))
+    if entries > most:
+        raise ValueError(f"{path.name} has more than {most:,} entries.")
     with zipfile.ZipFile(path) as archive:
-        names = [
-            (member.filename, PurePosixPath(member.filename)) for member in archive.infolist() if not member.is_dir()
-        ]
-    return [name for name, path in names if not (path.name.startswith(".") or "__MACOSX" in path.parts)]
+        names = [member.filename for member in archive.infolist() if not member.is_dir()]
+    return [name for name in names if not (Path(name).name.startswith(".") or "__MACOSX" in Path(name).parts)]
 
 
 def fetch(path: Path, member: str | None, folder: Path) -> Path:
@@ -127,7 +124,7 @@ def fetch(path: Path, member: str | None, folder: Path) -> Path:
         raise ValueError(f"{member} can not be taken from the archive ({error}).") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"{member} has more than {MAX_BYTES / 1e6:.0f} MB.")
-    target = folder / PurePosixPath(member).name
+    target = folder / Path(member).name
     target.write_bytes(content)
     return target
 
