@@ -6,6 +6,9 @@ the page is served.
 """
 
 import os
+import signal
+import sys
+import tempfile
 
 import gradio as gr
 
@@ -40,12 +43,32 @@ def build_demo() -> gr.Blocks:
         api.build()
         gr.Markdown(FOOTER, elem_classes="legend")
         demo.unload(visitors.forget)
-    return demo.queue(max_size=int(os.environ.get("RAD_MAX_QUEUE") or 100))
+    return demo.queue(max_size=max_queue())
+
+
+def max_queue() -> int:
+    value = os.environ.get("RAD_MAX_QUEUE") or "100"
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"RAD_MAX_QUEUE must be a whole number of at least 1, got {value!r}.")
+    return int(value)
 
 
 # For Blocks.launch; the limit is that of one upload, and archives are uploads
 LAUNCH = {"theme": THEME, "css": CSS, "max_file_size": "500mb", "footer_links": ["api"], "mcp_server": True}
 
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as on Ctrl+C, so that no file stays
+    with tempfile.TemporaryDirectory(prefix="rad-") as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
+        try:
+            models.load(next(iter(models.offered())))  # what is wrong with it shows now, and nobody waits for it
+            demo = build_demo()
+        except (ValueError, OSError) as error:
+            sys.exit(str(error))
+        visitors.keep_sweeping()
+        demo.launch(**LAUNCH)
+
+
 if __name__ == "__main__":
-    models.load(models.offered()[0])  # what is wrong with RAD_MODEL shows now, and nobody waits for it
-    build_demo().launch(**LAUNCH)
+    main()

@@ -117,10 +117,14 @@ class RADImageProcessor:
             raise ValueError(
                 f"The map must be finite and {(image.height, image.width)} as the image, not {map.shape}."
             )
-        heat = _heat(map, vmin, vmax)
-        alpha = opacity * heat[..., 3:]
-        pixels = (1 - alpha) * np.asarray(image.convert("RGB"), np.float32) + alpha * 255 * heat[..., :3]
-        return Image.fromarray(pixels.round().astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+        for rows in (
+            slice(top, top + 256) for top in range(0, len(pixels), 256)
+        ):  # large pictures take no more memory
+            heat = _heat(map[rows], vmin, vmax)
+            alpha = opacity * heat[..., 3:]
+            pixels[rows] = ((1 - alpha) * pixels[rows].astype(np.float32) + alpha * 255 * heat[..., :3]).round()
+        return Image.fromarray(pixels)
 
     @staticmethod
     def heat(map: np.ndarray, vmin: float, vmax: float) -> Image.Image:

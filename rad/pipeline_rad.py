@@ -44,6 +44,19 @@ COMPONENTS = {
     "normality": NormalityModel,
     "discriminator": RADDiscriminator,
 }
+# The largest settings of a pipeline that is loaded: what tables and buffers are made of before there are weights
+LIMITS = {
+    "resolution": 2048,
+    "num_noise_samples": 64,
+    "num_train_timesteps": 10_000,
+    "num_respaced_timesteps": 10_000,
+    "feature_channels": 4096,
+    "num_summaries": 8192,
+    "gaussian_size": 256,
+    "gaussian_channels": 1024,
+    "map_size": 512,
+    "num_scores": 1_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -881,6 +894,7 @@ def check_pipeline_folder(
     name = str(folder) if name is None else name
     index = _read_json(folder / "model_index.json", f"{name} is no pipeline: it has no model_index.json.")
     _check_class(name, "pipeline", index.get("_class_name"), RADPipeline)
+    _check_limits(name, index)
     for component, entry in index.items():
         if component not in COMPONENTS and not isinstance(entry, list):
             continue  # a number such as the resolution
@@ -889,7 +903,8 @@ def check_pipeline_folder(
         _check_class(name, component, entry, COMPONENTS.get(component))
         config = "scheduler_config.json" if component == "scheduler" else "config.json"
         missing = f"The pipeline {name} is incomplete: {component}/{config} is missing."
-        _read_json(folder / component / config, missing)
+        settings = _read_json(folder / component / config, missing)
+        _check_limits(name, settings)
         if component == "scheduler":
             continue
         dot = "" if variant is None else f".{variant}"
@@ -900,12 +915,18 @@ def check_pipeline_folder(
                 f"The pipeline {name} is incomplete: {component}/ has no {WEIGHTS}{dot}.safetensors; give the variant "
                 "it was saved with, if any. Other formats are not read."
             )
+        shapes = {}
         for path in weights:
             try:
                 with safe_open(path, framework="pt") as file:
-                    file.keys()
+                    shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}
             except (SafetensorError, OSError) as error:
                 raise OSError(f"{path} is damaged and can not be read ({error}).") from error
+        if component == "normality":  # all of it is buffers, which are made before weights are read
+            with torch.device("meta"):
+                expected = NormalityModel.from_config(settings).state_dict()
+            if shapes != {key: list(value.shape) for key, value in expected.items()}:
+                raise OSError(f"{name} is refused: the weights of its normality model do not fit its settings.")
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
@@ -918,6 +939,14 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OSError(f"{path} is damaged: it holds no JSON object.")
     return content
+
+
+def _check_limits(name: str, settings: dict[str, Any]) -> None:
+    """Refuses what would fill the memory before a weight is read."""
+    for key, most in LIMITS.items():
+        value = settings.get(key, 1)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise OSError(f"{name} is refused: its {key} is {value!r}, and must be a number from 1 to {most:,}.")
 
 
 def _check_class(name: str, part: str, entry: Any, expected: type | None) -> None:

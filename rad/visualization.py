@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from .image_processor import ImageInput, RADImageProcessor
@@ -23,6 +25,7 @@ TRUTH = (255, 255, 255)
 # Okabe and Ito's, which colour-blind people tell apart; black is for what matters most
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 GOOD, BAD = COLORS[0], COLORS[5]
+_RC_LOCK = threading.Lock()
 TITLES = {"pixel": "pixel (KL)", "feature": "feature (error)", "rgb": "RGB difference"}  # of score types
 
 
@@ -30,11 +33,11 @@ def outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], d
     """The image with a line, set off by a dark rim, around the regions of a mask [H, W], outside them."""
     image = image.copy()
     width = max(1, round(max(image.size) / 400))
-    inside = Image.fromarray(mask.astype(np.uint8) * 255)
+    inside = mask.astype(np.uint8) * 255
     dash = 4 * width
     drawn = np.indices(mask.shape).sum(0) // dash % 2 == 0 if dashed else np.ones(mask.shape, bool)
     for shade, reach in ((RIM, 2 * width), (color, width)):
-        line = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(2 * reach + 1)), inside)
+        line = Image.fromarray(ndimage.maximum_filter(inside, 2 * reach + 1) - inside)
         image.paste(shade, mask=ImageChops.multiply(line, Image.fromarray(drawn.astype(np.uint8) * 255)))
     return image
 
@@ -195,7 +198,7 @@ def score_figure(
         name: What one such image is called.
     """
     scores = np.asarray(scores, np.float64)
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    figure = Figure(figsize=(4.8, 2.8), layout="constrained")  # so that words can be read on a phone
     axis = figure.subplots()
     low = min(good.min(), scores.min(initial=np.inf))
     # What lies far beyond would squeeze all else: it stands at the right edge
@@ -221,7 +224,7 @@ def score_figure(
     axis.set(xlabel=label, yticks=[])
     axis.margins(x=0.02)
     axis.spines[["left", "right", "top"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3 if len(scores) == 1 else 2, fontsize=9, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=10, frameon=False)
     return svg(figure, description)
 
 
@@ -229,7 +232,7 @@ def svg(figure: Figure, description: str) -> str:
     """A figure as SVG to stand in a page: without a background, black as the page's own colour of text, as wide as its
     place, with a description for those who can not see it."""
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):
+    with _RC_LOCK, rc_context({"svg.fonttype": "none"}):  # changed for all threads, one at a time
         figure.savefig(buffer, format="svg", transparent=True)
     content = buffer.getvalue()
     content = content[content.index("<svg") :].replace("#000000", "currentColor")

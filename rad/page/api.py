@@ -30,10 +30,12 @@ def inspect(
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
-        The result (is_anomalous; p_value: how often a good part looks as odd; score; regions with box, area and peak
-        in the picture's pixels; and more), the picture with heat and outlined regions, the mask, and files: overlay,
-        map as 16-bit PNG (1024 is one deviation of good parts, 8192 is 0) and as .npy, mask, result as JSON.
+        result: is_anomalous, p_value (how often a good part looks as odd), score, regions (box, area, peak) and more
+        overlay: the picture with heat and outlined regions
+        mask: defective pixels in white
+        files: overlay, map as 16-bit PNG (1024 is a deviation of good parts, 8192 is 0) and .npy, mask, result as JSON
     """
+    inspection.check_rate(false_alarm_rate)
     scored = _score(image, model, category)
     result = inspection.result(scored, false_alarm_rate)
     files = inspection.save(scored, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
@@ -50,8 +52,9 @@ def explain(image: str, model: str, category: str) -> tuple[dict[str, Any], list
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
-        Noise levels and timesteps; for each level in turn the noised picture, the denoised one, the KL map and the
-        feature map; and the maps of every score: RGB difference, KL, feature error, fused and so on.
+        result: noise levels and their timesteps
+        levels: for each level in turn the noised picture, the denoised one, the KL map and the feature map
+        maps: that of each score, with RGB difference, KL, feature error and fused first
     """
     scored = _score(image, model, category)
     steps = why.explain(scored)
@@ -72,8 +75,8 @@ def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
-        The restored picture, at most 768 pixels wide and high, and the distance to good parts before the first and
-        after each step, in deviations of good parts.
+        restored: the restored picture, at most 768 pixels wide and high
+        result: the distance to good parts before the first and after each step, in deviations of good parts
     """
     scored = _score(image, model, category)
     restored = why.restore(scored)
@@ -82,39 +85,39 @@ def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]
 
 @one_sentence
 def inspect_batch(
-    files: list[str], model: str, category: str, false_alarm_rate: float, request: gr.Request
+    archive: str, model: str, category: str, false_alarm_rate: float, request: gr.Request
 ) -> tuple[dict[str, Any], list[str]]:
     """Finds defects in many pictures at once; a file that is no picture is a row with its error.
 
     Args:
-        files: Pictures, or zips of pictures.
+        archive: A zip of pictures.
         model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
         category: Which kind of part all are, one of describe_model's categories; empty to find out for each.
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
-        A row for each picture (verdict, score, p_value, anomalous_share, error), and files: the table as CSV and as
-        JSON, and a zip of all maps as 16-bit PNG.
+        result: a row for each picture, with verdict, score, p_value, anomalous_share and error
+        files: the table as CSV and as JSON, and a zip of all maps as 16-bit PNG
     """
-    folder = visitors.folder(visitors.keep(request.session_hash))
-    *_, done = many.score_all(files, model, category, folder)
-    return {"pictures": many.records(done, false_alarm_rate)}, many.save(done, false_alarm_rate, folder)
+    *_, done = many.score_all([archive], model, category, request.session_hash, [false_alarm_rate])
+    paths = many.save(done, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
+    return {"pictures": many.records(done, false_alarm_rate)}, paths
 
 
 @one_sentence
-def fit_product(files: list[str], name: str, model: str, request: gr.Request) -> tuple[dict[str, Any], str]:
+def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tuple[dict[str, Any], str]:
     """Fits a model to pictures of good parts, ten at least, in seconds; it is deleted when your session ends.
 
     Args:
-        files: Pictures of good parts, all taken the same way, or zips of them.
+        archive: A zip of pictures of good parts, all taken the same way.
         name: What to call the product.
         model: Whose network to use: "synthetic", "mtd" or the id of a RAD model of the Hub.
 
     Returns:
-        The token that stands for this model in the other calls, with the self-check (false alarms on held-out good
-        pictures), and a zip of the folder that `RADPipeline.from_pretrained` loads.
+        result: the token that stands for this model in the other calls, and false alarms on held-out good pictures
+        pipeline: a zip of the folder that `RADPipeline.from_pretrained` loads
     """
-    token = product.fit(files, name, model, request.session_hash)
+    token = product.fit([archive], name, model, request.session_hash)
     return {"model": token, "self_check": product.self_check(token)}, product.save(token)
 
 
@@ -126,7 +129,7 @@ def describe_model(model: str) -> dict[str, Any]:
         model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
 
     Returns:
-        Categories, held-out good images behind the thresholds, resolution, timesteps, parameters, results and card.
+        result: categories, good images behind the thresholds, resolution, timesteps, parameters, results and card
     """
     return catalogue.describe(model)
 
@@ -139,11 +142,13 @@ def build() -> None:
         component.preprocess = lambda file: file and file.path  # our decoder opens the file, and no other
         return component
 
-    model = functools.partial(gr.Textbox, models.offered()[0], label="model")
+    model = functools.partial(gr.Textbox, next(iter(models.offered())), label="model")
     category = functools.partial(gr.Textbox, "", label="category")
     rate = functools.partial(gr.Number, DEFAULT_RATE, label="false_alarm_rate")
     name = functools.partial(gr.Textbox, "my product", label="name")
-    files, file = functools.partial(gr.Files, label="files"), functools.partial(gr.File, label="pipeline")
+    # One zip, not many files: Gradio's MCP server can not take a list of them
+    archive, pipeline = (functools.partial(gr.File, label=label) for label in ("archive", "pipeline"))
+    files = functools.partial(gr.Files, label="files")
     result = functools.partial(gr.JSON, label="result")
     overlay, mask, restored = (
         functools.partial(gr.Image, label=label, format="png") for label in ("overlay", "mask", "restored")
@@ -155,8 +160,8 @@ def build() -> None:
         (inspect, [image, model, category, rate], [result, overlay, mask, files], "score"),
         (explain, [image, model, category], [result, levels, maps], "score"),
         (restore, [image, model, category], [restored, result], "restore"),
-        (inspect_batch, [files, model, category, rate], [result, files], "batch"),
-        (fit_product, [files, name, model], [result, file], "fit"),
+        (inspect_batch, [archive, model, category, rate], [result, files], "batch"),
+        (fit_product, [archive, name, model], [result, pipeline], "fit"),
         (describe_model, [model], [result], "load"),
     ]
     with gr.Row(visible=False):

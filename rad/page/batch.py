@@ -1,6 +1,7 @@
 """The tab Batch: many pictures, or archives of them, one row each."""
 
 import csv
+import html
 import itertools
 import json
 import mmap
@@ -8,7 +9,7 @@ import re
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from rad import RADImageProcessor
 from rad.visualization import encode_map, score_figure
 
 from . import models, visitors
-from .inspection import Inspection, decide, heat_range, score
+from .inspection import Inspection, check_rate, decide, heat_range, score
 from .look import RATES, empty
 from .settings import Settings
-from .words import one_sentence, percent
+from .words import handler, percent, resolution
 
 MAX_PICTURES = 1000
 MAX_BYTES = 100_000_000  # of one picture; archives may claim anything
@@ -34,9 +35,10 @@ HEADERS = ["picture", "verdict", "score", "p-value", "surface", "product", "erro
 
 HELP = """
 Drop many pictures, or a zip of them. Each gets a row; a file that is no picture gets one too, with the reason. The
-**p-value** is how often a good part scores as high. The dots beside a heading sort and filter. Moving the alarm above
-changes the verdicts at once.
+**p-value** is how often a good part scores as high. A heading's menu, there when you point at it, sorts and filters.
+Moving the alarm above changes the verdicts at once.
 """
+FIGURE = "All scores among those of good parts"
 NO_SUMMARY = "<div class='verdict'><strong>No pictures yet</strong><p>Drop files on the left.</p></div>"
 
 
@@ -49,7 +51,7 @@ class Row:
     score: float = float("nan")
     p_value: float = float("nan")
     category: str = ""
-    shares: dict[float, float] = field(default_factory=dict)  # of the surface, at each of RATES, if there is an alarm
+    shares: dict[float, float] = field(default_factory=dict)  # of the surface, at each rate asked for
     thumbnail: Path | None = None
     map: Path | None = None
 
@@ -57,7 +59,7 @@ class Row:
         return "error" if self.error else "defect" if self.p_value <= rate else "good"
 
     def share(self, rate: float) -> float:
-        return self.shares.get(rate, 0.0) if self.verdict(rate) == "defect" else 0.0
+        return self.shares[rate]
 
 
 @dataclass
@@ -66,20 +68,20 @@ class Batch:
 
     model: str
     total: int
-    folder: Path
+    token: str  # of the files
     rows: list[Row] = field(default_factory=list)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def list_files(paths: list[str]) -> list[tuple[str, Path, str | None]]:
+def list_files(paths: list[str]) -> list[tuple[str, Path, zipfile.ZipInfo | None]]:
     """Every picture in files and archives: the name to show, the file, and the member of an archive.
 
     Raises:
         ValueError: There is none, or there are more than MAX_PICTURES.
     """
-    files: list[tuple[str, Path, str | None]] = []
+    files: list[tuple[str, Path, zipfile.ZipInfo | None]] = []
     for path in map(Path, paths or []):
         try:
             members = list_members(path) if path.suffix.lower() == ".zip" else None
@@ -88,7 +90,7 @@ def list_files(paths: list[str]) -> list[tuple[str, Path, str | None]]:
         if members is None:
             files.append((path.name, path, None))
         else:
-            files += [(f"{path.stem}/{member}", path, member) for member in members]
+            files += [(f"{path.stem}/{member.filename}", path, member) for member in members]
     if not files:
         raise ValueError("Give pictures, or a zip with pictures in it.")
     if len(files) > MAX_PICTURES:
@@ -96,7 +98,7 @@ def list_files(paths: list[str]) -> list[tuple[str, Path, str | None]]:
     return files
 
 
-def list_members(path: Path) -> list[str]:
+def list_members(path: Path) -> list[zipfile.ZipInfo]:
     """The files in an archive, without folders and what systems hide there."""
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile
@@ -107,12 +109,14 @@ def list_members(path: Path) -> list[str]:
     if entries > most:
         raise ValueError(f"{path.name} has more than {most:,} entries.")
     with zipfile.ZipFile(path) as archive:
-        names = [member.filename for member in archive.infolist() if not member.is_dir()]
-    return [name for name in names if not (Path(name).name.startswith(".") or "__MACOSX" in Path(name).parts)]
+        members = [member for member in archive.infolist() if not member.is_dir()]
+    names = [Path(member.filename) for member in members]
+    hidden = [name.name.startswith(".") or "__MACOSX" in name.parts for name in names]
+    return [member for member, skip in zip(members, hidden, strict=True) if not skip]
 
 
-def fetch(path: Path, member: str | None, folder: Path) -> Path:
-    """The picture as a file of its own: a member of an archive is written to the folder, never where it says."""
+def fetch(path: Path, member: zipfile.ZipInfo | None, folder: Path) -> Path:
+    """The picture as a file of its own: a member of an archive is written to the folder, under no name of its own."""
     if member is None:
         if path.suffix.lower() == ".zip":
             raise ValueError(f"{path.name} is damaged, or no zip archive.")
@@ -121,10 +125,10 @@ def fetch(path: Path, member: str | None, folder: Path) -> Path:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             content = file.read(MAX_BYTES + 1)  # not what its heading claims
     except Exception as error:  # zipfile and each compression have errors of their own
-        raise ValueError(f"{member} can not be taken from the archive ({error}).") from error
+        raise ValueError(f"It can not be taken from the archive ({error}).") from error
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{member} has more than {MAX_BYTES / 1e6:.0f} MB.")
-    target = folder / Path(member).name
+        raise ValueError(f"It has more than {MAX_BYTES / 1e6:.0f} MB.")
+    target = folder / "picture"
     target.write_bytes(content)
     return target
 
@@ -132,23 +136,34 @@ def fetch(path: Path, member: str | None, folder: Path) -> Path:
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def score_all(paths: list[str], model: str, category: str, folder: Path) -> Iterator[Batch]:
-    """Scores picture after picture; yields the batch as it grows."""
+def score_all(
+    paths: list[str], model: str, category: str, owner: str | None, rates: Collection[float] = RATES
+) -> Iterator[Batch]:
+    """Scores picture after picture; yields the batch as it grows.
+
+    Args:
+        owner: The session that the results are kept for; they end with it.
+        rates: False-alarm rates at which the results can be asked for.
+    """
+    for rate in rates:
+        check_rate(rate)
+    models.normality(model)
     files = list_files(paths)
-    batch = Batch(model, len(files), folder)
+    batch = Batch(model, len(files), visitors.keep(owner))
     yield batch
     for name, path, member in files:
+        folder = visitors.folder(batch.token)  # raises when the visitor has left
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 inspection = score(str(fetch(path, member, Path(temporary))), model, category)
-                row = make_row(name, inspection, folder / f"{len(batch.rows):04d}")
+                row = make_row(name, inspection, folder / f"{len(batch.rows):04d}", rates)
             except (ValueError, OSError) as error:
                 row = Row(name, error=str(error))
         batch.rows.append(row)
         yield batch
 
 
-def make_row(name: str, inspection: Inspection, stem: Path) -> Row:
+def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[float]) -> Row:
     """The numbers of a picture; its map and a thumbnail with heat go to files."""
     view = inspection.view.copy()
     view.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -157,19 +172,20 @@ def make_row(name: str, inspection: Inspection, stem: Path) -> Row:
     scale = min(1.0, MAP_SIDE / max(inspection.size))
     size = tuple(max(1, round(scale * side)) for side in inspection.size)
     encode_map(inspection.map(size)).save(stem.with_suffix(".png"))
-    shares = {rate: float(decide(inspection, rate, size)[1].mean()) for rate in RATES}
+    shares = {rate: float(decide(inspection, rate, size)[1].mean()) for rate in rates}
     numbers = inspection.scores["fused"], inspection.p_value, inspection.category, shares
     return Row(name, "", *numbers, stem.with_suffix(".webp"), stem.with_suffix(".png"))
 
 
 def table(batch: Batch, rate: float) -> pd.DataFrame:
-    """The rows as people read them, in the order of the files."""
+    """The rows as people read them, in the order of the files; no p-value that good pictures can not tell."""
+    least = 1 / resolution(models.normality(batch.model).config.num_scores)
     rows = [
         [
             row.name,
             row.verdict(rate),
             None if row.error else round(row.score, 2),
-            None if row.error else float(f"{row.p_value:.2g}"),
+            None if row.error else float(f"{max(row.p_value, least):.2g}"),
             "" if row.error else percent(row.share(rate)),
             row.category,
             row.error,
@@ -187,7 +203,8 @@ def summary(batch: Batch, rate: float) -> str:
     unread = f" {errors} file{'s' * (errors != 1)} could not be read." if errors else ""
     return (
         f"<div class='verdict {kind}' role='status'><strong>{bad} defect{'s' * (bad != 1)} in "
-        f"{len(verdicts) - errors}</strong><p>{left}Alarm set to {100 * rate:g} % of good parts.{unread}</p></div>"
+        f"{len(verdicts) - errors}</strong><p>{left}Alarm set to {100 * rate:g} % of good parts.{unread}</p>"
+        f"<p class='note'>Model: {html.escape(models.title(batch.model))}.</p></div>"
     )
 
 
@@ -209,12 +226,14 @@ def plot(batch: Batch, rate: float) -> str:
 
 def records(batch: Batch, rate: float) -> list[dict]:
     """The rows as programs read them."""
+    least = 1 / resolution(models.normality(batch.model).config.num_scores)
     return [
         {
             "picture": row.name,
             "verdict": row.verdict(rate),
             "score": None if row.error else row.score,
             "p_value": None if row.error else row.p_value,
+            "p_value_resolution": least,
             "anomalous_share": None if row.error else row.share(rate),
             "category": row.category,
             "error": row.error,
@@ -226,13 +245,14 @@ def records(batch: Batch, rate: float) -> list[dict]:
 
 def save(batch: Batch, rate: float, folder: Path) -> list[str]:
     """Writes the table as CSV and JSON, and a zip of all maps as 16-bit PNG; returns their paths."""
+    visitors.folder(batch.token)  # raises when the maps are gone
     rows = records(batch, rate)
     paths = [folder / name for name in ("batch.csv", "batch.json", "maps.zip")]
     with open(paths[0], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:  # a spreadsheet would take a text that starts so for a formula
-            unsafe = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(("=", "+", "-", "@"))}
+            unsafe = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(tuple("=+-@\t\r"))}
             writer.writerow(row | unsafe)
     content = {"model": models.title(batch.model), "false_alarm_rate": rate, "pictures": rows}
     paths[1].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -246,25 +266,26 @@ def save(batch: Batch, rate: float, folder: Path) -> list[str]:
 # -- handlers ---------------------------------------------------------------------------------------------------------
 
 
-@one_sentence
+@handler
 def on_run(paths, model: str, category: str, rate: float, request: gr.Request, progress=gr.Progress()):
-    """Rows as they come; gallery and plot at the end."""
-    folder, last = visitors.folder(visitors.keep(request.session_hash)), 0.0
-    for batch in score_all(paths, model, category, folder):
+    """Rows as they come; gallery and plot follow from `on_redraw`, at the rate that is set by then."""
+    last = 0.0
+    for batch in score_all(paths, model, category, request.session_hash):
         done = len(batch.rows)
         progress((done, batch.total), desc="Scoring the pictures", unit="pictures")
-        if done < batch.total and time.monotonic() - last > REFRESH_SECONDS:
+        if not done:  # what belongs to the batch before goes
+            yield batch, summary(batch, rate), table(batch, rate), [], empty(FIGURE), None
+        elif time.monotonic() - last > REFRESH_SECONDS or done == batch.total:
             last = time.monotonic()
             yield batch, summary(batch, rate), table(batch, rate), gr.skip(), gr.skip(), gr.skip()
-    yield batch, *show(batch, rate), None
 
 
-@one_sentence
+@handler
 def on_redraw(batch: Batch | None, rate: float):
     return [gr.skip()] * 4 if batch is None or not batch.rows else show(batch, rate)
 
 
-@one_sentence
+@handler
 def on_save(batch: Batch | None, rate: float, request: gr.Request):
     if batch is None or not batch.rows:
         raise ValueError("Score some pictures first.")
@@ -293,13 +314,15 @@ def build(settings: Settings) -> None:
             saved = gr.Files(label="Results", interactive=False, height=170)
         with gr.Column(scale=3, min_width=320):
             headline = gr.HTML(NO_SUMMARY)
-            figure = gr.HTML(empty("All scores among those of good parts"))
+            figure = gr.HTML(empty(FIGURE), elem_classes="figure")
     rows = gr.Dataframe(
         headers=HEADERS,
         datatype=["str", "str", "number", "number", "str", "str", "str"],
         label="Pictures; the surface is the share that raises the alarm",
         interactive=False,
         max_height=420,
+        wrap=True,
+        column_widths=["240px", "90px", "80px", "90px", "90px", "130px", "300px"],
         buttons=["fullscreen"],
         elem_classes="wide-content",
     )
@@ -319,19 +342,18 @@ def build(settings: Settings) -> None:
         [batch, *shown, saved],
         concurrency_id="batch",
         concurrency_limit=1,
-        show_progress_on=[headline],
+        show_progress_on=[figure],
         api_visibility="private",
     )
-    stop.click(
-        on_redraw, [batch, settings.rate], shown, cancels=[running], api_visibility="private", show_progress="hidden"
-    )
-    settings.rate.input(
-        on_redraw,
-        [batch, settings.rate],
-        shown,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        concurrency_limit=4,
-        api_visibility="private",
-    )
+    redrawing = {
+        "fn": on_redraw,
+        "inputs": [batch, settings.rate],
+        "outputs": shown,
+        "concurrency_limit": 4,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    running.success(**redrawing)
+    stop.click(**redrawing, cancels=[running])
+    settings.rate.input(**redrawing, trigger_mode="always_last")
     save_button.click(on_save, [batch, settings.rate], saved, api_visibility="private", concurrency_limit=2)

@@ -7,11 +7,12 @@ import gradio as gr
 
 from . import models, visitors
 from .settings import Settings, add_choice
-from .words import one_sentence
+from .words import handler
 
 HELP = """
 The model chosen above, in numbers and in the words of its card. Any RAD model of the Hugging Face Hub can be loaded by
-its id: only its weights (safetensors) and settings are read, none of its code is run.
+its id: only its weights (safetensors) and settings are read, none of its code is run. **AUROC** says how well scores
+tell bad from good (1 is perfect, 0.5 a coin), **AP** and **AUPRO** how well maps find defective pixels and regions.
 """
 
 
@@ -69,18 +70,18 @@ def facts(model: str) -> str:
 
 def card(model: str) -> str:
     """A model's card as Markdown, without pictures, which lie elsewhere."""
-    return re.sub(r"!\[[^\]]*\]\([^)]*\)", "", describe(model)["card"])
+    return re.sub(r"!\[[^\]\n]{0,300}\]\([^)\n]{0,300}\)", "", describe(model)["card"])
 
 
 # -- handlers ---------------------------------------------------------------------------------------------------------
 
 
-@one_sentence
+@handler
 def on_model(model: str):
     return facts(model), card(model)
 
 
-@one_sentence
+@handler
 def on_load(repo_id: str, known, progress=gr.Progress(track_tqdm=True)):
     repo_id = repo_id.strip()
     if not repo_id:
@@ -109,7 +110,7 @@ def build(settings: Settings, demo: gr.Blocks) -> None:
         [settings.choices, settings.model],
         concurrency_id="load",
         concurrency_limit=2,
-        show_progress_on=[numbers],
+        show_progress_on=[text],
         api_visibility="private",
     )
     gr.on(

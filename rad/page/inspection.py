@@ -1,5 +1,6 @@
 """The tab Inspect: a picture, its verdict, and where it is odd. It is scored once, whatever is asked then."""
 
+import html
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from rad.visualization import draw_regions, encode_map, score_figure
 from . import models, visitors
 from .look import data_uri, empty, layers
 from .settings import Settings
-from .words import describe, one_sentence, percent
+from .words import describe, handler, percent, resolution
 
 SCORES = {  # as the page shows them; the score types that a model lacks are left out
     "rgb": "RGB difference",
@@ -29,10 +30,12 @@ SCORES = {  # as the page shows them; the score types that a model lacks are lef
     "discriminator": "Discriminator",
 }
 EXAMPLES_MODEL = "synthetic"
+MAX_PIXELS = 30e6  # of a picture: what is made of it at its own size takes 16 bytes for each
 VIEW_SIDE = 768  # pixels of the longer side of what is shown
 SHOWN_REGIONS = 8
 SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
+HISTOGRAM = "The picture's score among those of good parts"
 NO_VERDICT = "<div class='verdict'><strong>No picture yet</strong><p>Upload one, or pick an example.</p></div>"
 LEGEND = """<p class='legend'>Heat: as usual <i></i> far odder than good parts.
 Lines and numbers: the regions that raise the alarm.</p>"""
@@ -95,6 +98,11 @@ def score(path: str, model: str, category: str) -> Inspection:
     if pipeline.normality is None:
         raise ValueError("This model knows no good parts yet: fit yours to it in the tab Your product.")
     picture = pipeline.image_processor.decode(path)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"{Path(path).name} has {picture.width * picture.height / 1e6:.0f} megapixels; this page takes up to "
+            f"{MAX_PIXELS / 1e6:.0f}, the pipeline itself any number."
+        )
     # The pipeline's own first step: the numbers are those of the whole picture, in a fraction of the memory
     resolution = pipeline.config.resolution
     small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
@@ -119,19 +127,23 @@ def score(path: str, model: str, category: str) -> Inspection:
     )
 
 
+def check_rate(rate: float) -> None:
+    if not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
+
+
 def heat_range(inspection: Inspection, score_type: str = "fused") -> tuple[float, float]:
     """Heat from what 1 good pixel in 20 exceeds; half as strong as it gets where 1 in 1000 does."""
     normality = models.normality(inspection.model)
     low, middle = (normality.pixel_threshold(rate, score_type) for rate in (0.05, 0.001))
-    return low, 2 * middle - low
+    return low, max(2 * middle - low, low + 1e-6)
 
 
 def decide(
     inspection: Inspection, rate: float, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, list[AnomalyRegion]]:
     """Map, mask and regions at (width, height) for a false-alarm rate, as the pipeline decides; no model runs."""
-    if not 0 < rate < 1:
-        raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
+    check_rate(rate)
     anomaly_map = inspection.map(size)
     threshold = models.normality(inspection.model).pixel_threshold(rate)
     mask = (anomaly_map > threshold) & (inspection.p_value <= rate)
@@ -149,6 +161,7 @@ def result(inspection: Inspection, rate: float) -> dict:
         "category": inspection.category,
         "is_anomalous": inspection.p_value <= rate,
         "p_value": inspection.p_value,
+        "p_value_resolution": 1 / resolution(normality.config.num_scores),
         "score": inspection.scores["fused"],
         "scores": inspection.scores,
         "false_alarm_rate": rate,
@@ -186,13 +199,14 @@ def check_upload(path: str):
     try:
         image = RADImageProcessor().decode(path)
     except (ValueError, OSError) as error:
-        gr.Warning(str(error))
+        gr.Warning(html.escape(str(error)))
         return None
     return path if Path(path).suffix.lower() in SHOWN_BY_BROWSERS else image
 
 
-@one_sentence
-def on_inspect(path: str | None, model: str, category: str, rate: float, progress=gr.Progress()):
+@handler
+def on_inspect(path: str | None, model: str, category: str, progress=gr.Progress()):
+    """Scores the picture; what is shown of it follows from `on_redraw`, at the rate that is set by then."""
     if path is None:
         raise ValueError("Upload a picture first, or pick an example.")
     progress(0.0, desc="Loading the model")
@@ -200,10 +214,10 @@ def on_inspect(path: str | None, model: str, category: str, rate: float, progres
     progress(0.2, desc="Comparing the picture with good parts")
     inspection = score(path, model, category)
     progress(0.9, desc="Drawing")
-    return inspection, *on_redraw(inspection, rate)
+    return inspection
 
 
-@one_sentence
+@handler
 def on_redraw(inspection: Inspection | None, rate: float):
     """Verdict, layers, boxes, table and histogram at a false-alarm rate, from the kept maps: no model runs."""
     if inspection is None:
@@ -214,7 +228,14 @@ def on_redraw(inspection: Inspection | None, rate: float):
     interval = normality.false_alarm_interval(rate)
     num_good = normality.config.num_scores
     verdict = describe(
-        inspection.p_value, rate, len(regions), float(mask.mean()), inspection.category, num_good, interval
+        inspection.p_value,
+        rate,
+        len(regions),
+        float(mask.mean()),
+        inspection.category,
+        models.title(inspection.model),
+        num_good,
+        interval,
     )
     lines = draw_regions(Image.new("RGBA", inspection.view.size), mask, shown)
     stack = {"picture": inspection.picture, "heat": inspection.heat, "lines": data_uri(lines, lossless=True)}
@@ -239,7 +260,12 @@ def on_redraw(inspection: Inspection | None, rate: float):
     )
 
 
-@one_sentence
+def on_clear():
+    """What is shown where there is no picture: nothing of the one before."""
+    return None, NO_VERDICT, None, None, [], empty(HISTOGRAM), None, None, ""
+
+
+@handler
 def on_save(inspection: Inspection | None, rate: float, request: gr.Request):
     if inspection is None:
         raise ValueError("Inspect a picture first.")
@@ -269,9 +295,11 @@ def build(settings: Settings) -> None:
             # Handlers give this component values only: an update such as gr.skip() makes Gradio build it anew.
             image.preprocess = lambda file: file and file.path
             button = gr.Button("Inspect", variant="primary", size="lg")
+            gr.Markdown("**Or pick an example, good or bad**")
             pick = gr.Gallery(
                 [(path, Path(path).stem.replace("_", " ")) for path in examples],
-                label="Or pick an example, good or bad",
+                label="Examples, good or bad",
+                show_label=False,
                 columns=3,
                 height="auto",
                 allow_preview=False,
@@ -286,7 +314,9 @@ def build(settings: Settings) -> None:
                     gr.HTML(LEGEND)
                 with gr.Tab("Regions"):
                     gr.Markdown(REGIONS_HELP)
-                    boxes = gr.AnnotatedImage(label="Regions: share of the surface, peak", height=420)
+                    boxes = gr.AnnotatedImage(
+                        label="Regions: share of the surface, peak", show_label=False, height=420
+                    )
                     table = gr.Dataframe(
                         headers=["No.", "left, top", "size", "surface", "peak"],
                         datatype=["number", "str", "str", "str", "number"],
@@ -297,7 +327,7 @@ def build(settings: Settings) -> None:
                     )
                 with gr.Tab("Among good parts"):
                     gr.Markdown(GOOD_HELP)
-                    histogram = gr.HTML(empty("The picture's score among those of good parts"))
+                    histogram = gr.HTML(empty(HISTOGRAM), elem_classes="figure")
                 with gr.Tab("Good version"):
                     gr.Markdown(RESTORE_HELP)
                     settings.restore_buttons.append(gr.Button("Show a good version"))
@@ -311,37 +341,38 @@ def build(settings: Settings) -> None:
     results = [verdict, stack, boxes, table, histogram]
     scoring = {
         "fn": on_inspect,
-        "inputs": [image, settings.model, settings.category, settings.rate],
-        "outputs": [settings.inspection, *results],
+        "inputs": [image, settings.model, settings.category],
+        "outputs": settings.inspection,
         "concurrency_id": "score",
         "concurrency_limit": 2,
         "show_progress_on": [verdict],
         "api_visibility": "private",
     }
+    redrawing = {
+        "fn": on_redraw,
+        "inputs": [settings.inspection, settings.rate],
+        "outputs": results,
+        "concurrency_limit": 4,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    clearing = {
+        "fn": on_clear,
+        "outputs": [settings.inspection, *results, files, settings.restored, settings.distance],
+        "api_visibility": "private",
+        "show_progress": "hidden",
+    }
     image.upload(check_upload, image, image, api_visibility="private", concurrency_limit=4)
-    clicked = button.click(**scoring)
+    gr.on([image.clear, image.upload], **clearing)
 
     def choose(event: gr.SelectData):
         return examples[event.index], EXAMPLES_MODEL, models.AUTO
 
     chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")
-    picked = chosen.success(**scoring)
-    for done in (clicked, picked):  # what belongs to the picture before goes
-        done.success(
-            lambda: (None, None, ""),
-            outputs=[files, settings.restored, settings.distance],
-            api_visibility="private",
-            js=SHOW_VERDICT_JS,
-        )
-    settings.rate.input(
-        on_redraw,
-        [settings.inspection, settings.rate],
-        results,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        concurrency_limit=4,
-        api_visibility="private",
-    )
+    for start in (button.click, chosen.success):
+        scored = start(**clearing).success(**scoring)
+        scored.success(**redrawing).success(None, js=SHOW_VERDICT_JS)
+    settings.rate.input(**redrawing, trigger_mode="always_last")
     save_button.click(
         on_save, [settings.inspection, settings.rate], files, api_visibility="private", concurrency_limit=2
     )

@@ -27,6 +27,11 @@ THEME = gr.themes.Soft(
 )
 
 CSS = """
+@media (max-width: 640px) {  /* on a phone the alarm stays in sight */
+  .settings, .settings > .column { display: contents; }
+  .rate { position: sticky; top: 0; z-index: 30; background: var(--body-background-fill); }
+}
+.figure svg { max-width: 34rem; } .caption-label { font-size: .75rem !important; }
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
 [role=tab][aria-selected=true] { color: var(--primary-700) !important; }
 .dark [role=tab][aria-selected=true] { color: var(--primary-300) !important; }
@@ -57,7 +62,7 @@ CSS = """
 .flipbook .caption { min-height: 2.6em; }
 .facts { width: 100%; border-collapse: collapse; margin-top: .6rem; }
 .facts, .facts tr { border: 0 !important; } .facts caption { text-align: left; }
-.facts th, .facts td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
+.verdict .facts th, .verdict .facts td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
                        vertical-align: top; border: solid var(--border-color-primary) !important;
                        border-width: 1px 0 0 !important; }
 .facts th { color: var(--body-text-color-subdued); }

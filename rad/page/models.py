@@ -32,7 +32,8 @@ AUTO = "Detect automatically"
 NAMES = {"synthetic": "Eight synthetic products", "mtd": "Magnetic tiles (MTD)"}
 DEFAULT_MODEL = EMBEDDED_MODELS[0]
 MAX_DOWNLOAD = 300e6  # bytes of weights that a visitor may have downloaded
-MAX_LOADED = 3
+MAX_LOADED = 4  # models of the Hub; those offered to everybody stay
+MAX_CARD = 100_000  # characters
 
 
 class Loaded(NamedTuple):
@@ -46,9 +47,11 @@ _loading: dict[str, threading.Lock] = {}  # who waits for a download waits for t
 _lock = threading.Lock()
 
 
-def offered() -> list[str]:
-    """The models that everybody may choose, the one of RAD_MODEL first."""
-    return list(dict.fromkeys([os.environ.get("RAD_MODEL") or DEFAULT_MODEL, *EMBEDDED_MODELS]))
+def offered() -> dict[str, str]:
+    """The models that everybody may choose, the one of RAD_MODEL first: their names, and what to load."""
+    first = os.environ.get("RAD_MODEL") or DEFAULT_MODEL
+    name = Path(first).resolve().name if Path(first).is_dir() else first  # no path of this machine is shown
+    return {name: first} | {model: model for model in EMBEDDED_MODELS if model != name}
 
 
 def load(model: str) -> Loaded:
@@ -58,44 +61,62 @@ def load(model: str) -> Loaded:
         ValueError: It is neither.
         OSError: It can not be had or read; one sentence says why.
     """
+    if not isinstance(model, str):
+        raise ValueError(f"The model must be a name, got {model!r}.")
     with _lock:
         loading = _loading.setdefault(model, threading.Lock())
-    with loading:
-        loaded = _loaded.get(model) or _load(model)
+    try:
+        with loading:
+            loaded = _loaded.get(model) or _load(model)
+            with _lock:
+                _loaded[model] = loaded
+                _loaded.move_to_end(model)
+                others = [name for name in _loaded if name not in offered()]
+                for name in others[:-MAX_LOADED]:
+                    del _loaded[name]
+    finally:
         with _lock:
-            _loaded[model] = loaded
-            _loaded.move_to_end(model)
-            while len(_loaded) > MAX_LOADED:
-                _loaded.popitem(last=False)
             _loading.pop(model, None)
     return loaded
 
 
 def _load(model: str) -> Loaded:
-    device = os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if model in offered():
-        pipeline = RADPipeline.load(model)
-        folder = EMBEDDED_DIR / model if model in EMBEDDED_MODELS else Path(model)
-        path = folder / "README.md"
-        if not folder.is_dir():
-            path = _download_card(model, token=None)
-        return Loaded(pipeline.to(device), *_read_card(path))
+        source = offered()[model]
+        pipeline = RADPipeline.load(source)
+        folder = EMBEDDED_DIR / source if source in EMBEDDED_MODELS else Path(source)
+        path = folder / "README.md" if folder.is_dir() else _download_card(source)
+        return Loaded(pipeline.to(device()), *_read_card(path))
     if model.count("/") != 1 or model.startswith(("/", ".")) or model.endswith("/"):
         raise ValueError(
             f"There is no model {model!r}: choose {', '.join(offered())}, or give a Hub id such as user/repo."
         )
     # A visitor's wish: from the Hub only, never a folder of this machine, and without this machine's rights there
     with one_sentence(model):
-        files = [f for f in HfApi(token=False).list_repo_tree(model, recursive=True) if isinstance(f, RepoFile)]
-    size = sum(file.size for file in files if file.path.endswith(".safetensors"))
+        api = HfApi(token=False)
+        commit = api.model_info(model).sha
+        files = api.list_repo_tree(model, recursive=True, revision=commit)
+        sizes = {file.path: file.size for file in files if isinstance(file, RepoFile)}
+    size = sum(size for path, size in sizes.items() if path.endswith((".safetensors", ".json", "README.md")))
     if size > MAX_DOWNLOAD:
-        raise ValueError(
-            f"{model} has {size / 1e6:,.0f} MB of weights; this page loads up to {MAX_DOWNLOAD / 1e6:.0f} MB."
-        )
+        raise ValueError(f"{model} has {size / 1e6:,.0f} MB; this page loads up to {MAX_DOWNLOAD / 1e6:.0f} MB.")
     with tempfile.TemporaryDirectory() as cache:
-        folder = RADPipeline.download(model, token=False, cache_dir=cache)
-        pipeline = RADPipeline.from_pretrained(folder)
-        return Loaded(pipeline.to(device), *_read_card(_download_card(model, token=False, cache_dir=cache)))
+        options = {"revision": commit, "token": False, "cache_dir": cache}
+        pipeline = RADPipeline.from_pretrained(RADPipeline.download(model, **options))
+        return Loaded(pipeline.to(device()), *_read_card(_download_card(model, **options)))
+
+
+def device() -> torch.device:
+    """Where models run: RAD_DEVICE, or a GPU if there is one.
+
+    Raises:
+        ValueError: RAD_DEVICE is no device of this machine.
+    """
+    name = os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"RAD_DEVICE is {name!r}, which this machine does not have; cpu always works.") from error
 
 
 def _download_card(model: str, **kwargs: Any) -> Path | None:
@@ -110,7 +131,7 @@ def _read_card(path: Path | None) -> tuple[str, list[tuple[str, str, float]]]:
     if path is None or not path.is_file():
         return "This model has no card.", []
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        card = ModelCard(path.read_text(encoding="utf-8")[:MAX_CARD], ignore_metadata_errors=True)
     except ValueError as error:
         return f"The model's card can not be read ({error}).", []
     results = card.data.eval_results or []
@@ -179,4 +200,4 @@ def title(model: str) -> str:
     product = visitors.product(model)
     if product is not None:
         return f"Yours: {product.name}"
-    return NAMES.get(model) or (Path(model).name if Path(model).is_dir() else model)
+    return NAMES.get(model, model)

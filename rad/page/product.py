@@ -15,7 +15,7 @@ from . import models, visitors
 from .batch import fetch, list_files
 from .look import empty
 from .settings import Settings, add_choice
-from .words import one_sentence
+from .words import handler, resolution
 
 MIN_PICTURES, MAX_PICTURES = 10, 500
 CHECKED_RATES = (0.01, 0.05, 0.1)
@@ -68,7 +68,8 @@ def read(paths: list[str], resolution: int) -> list[Image.Image]:
             try:
                 picture = processor.decode(fetch(path, member, Path(folder)))
             except (ValueError, OSError) as error:
-                raise ValueError(f"{name}: {error} Take it out and try again.") from error
+                where = "" if member is None else f"{name}: "
+                raise ValueError(f"{where}{error} Take it out and try again.") from error
         pictures.append(picture.resize((resolution, resolution), Image.Resampling.BICUBIC))
     if len(pictures) < MIN_PICTURES:
         raise ValueError(f"Give at least {MIN_PICTURES} good pictures, got {len(pictures)}.")
@@ -100,15 +101,11 @@ def self_check(model: str) -> list[dict]:
 
 def save(model: str) -> str:
     """The pipeline's folder as a zip, weights in half precision; returns its path."""
-    product, folder = visitors.product(model), visitors.folder(model)
-    pipeline = models.pipeline(model)
-    components = {name: copy.deepcopy(component) for name, component in pipeline.components.items()}
-    for name, component in components.items():
+    folder, stem = visitors.folder(model), file_name(visitors.product(model).name)
+    pipeline = copy.deepcopy(models.pipeline(model))
+    for name, component in pipeline.components.items():
         if component is not None and name != "scheduler":
             component.half().register_to_config(_name_or_path="")  # no paths of this machine
-    config = pipeline.config
-    pipeline = type(pipeline)(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
-    stem = file_name(product.name)
     path = folder / f"{stem}.zip"
     with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(path, "w") as archive:
         pipeline.save_pretrained(Path(unpacked) / stem)
@@ -137,14 +134,14 @@ def report(model: str) -> str:
         "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
         f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "
-        f"{min(10 * num_good, 10_000):,} can be told.{few}</p></div>"
+        f"{resolution(num_good):,} can be told.{few}</p></div>"
     )
 
 
 # -- handlers ---------------------------------------------------------------------------------------------------------
 
 
-@one_sentence
+@handler
 def on_fit(
     paths, name: str, model: str, known, rate: float, request: gr.Request, progress=gr.Progress(track_tqdm=True)
 ):
@@ -171,7 +168,7 @@ def build(settings: Settings) -> None:
             zipped = gr.File(label="Your model, to download", interactive=False, height=120)
         with gr.Column(scale=3, min_width=320):
             verdict = gr.HTML("<div class='verdict'><strong>No model yet</strong><p>Drop your good photos.</p></div>")
-            figure = gr.HTML(empty("The scores of your good parts"))
+            figure = gr.HTML(empty("The scores of your good parts"), elem_classes="figure")
             words = gr.Markdown()
     button.click(
         on_fit,

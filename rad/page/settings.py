@@ -33,7 +33,7 @@ def on_model(model: str) -> gr.Dropdown:
 
 
 def build(demo: gr.Blocks) -> Settings:
-    with gr.Row():
+    with gr.Row(elem_classes="settings"):
         model = gr.Dropdown(
             choices(),
             label="Model",

@@ -6,6 +6,7 @@ when nobody has asked for it for KEPT_SECONDS.
 
 import secrets
 import shutil
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from gradio.utils import get_upload_folder
 from rad import NormalityModel
 
 KEPT_SECONDS = 2700  # with a clean-up every 900 s, an upload is gone within the hour
-MAX_OWN, MAX_ALL = 5, 64  # products of one session and of all; those used longest ago make room
+MAX_OWN, MAX_ALL = 5, 64  # products, and as many results, of one session and of all; the oldest make room
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,11 @@ _kept: dict[str, Kept] = {}
 
 
 def keep(owner: str | None, product: Product | None = None) -> str:
-    """Makes a place for a visitor's results or model; returns its token. Also clears what others have left."""
+    """Makes a place for a visitor's results or model; returns its token."""
     present = sorted(_kept.items(), key=lambda item: item[1].used)
-    left = [token for token, kept in present if time.monotonic() - kept.used > KEPT_SECONDS]
-    if product is not None:
-        products = [token for token, kept in present if kept.product]
-        own = [token for token, kept in present if kept.product and kept.owner == owner]
-        left += own[: 1 - MAX_OWN] + products[: 1 - MAX_ALL]
-    for token in left:
+    alike = [(token, kept.owner) for token, kept in present if bool(kept.product) == bool(product)]
+    own = [token for token, whose in alike if whose == owner]
+    for token in own[: 1 - MAX_OWN] + [token for token, _ in alike][: 1 - MAX_ALL]:
         _remove(token)
     token = secrets.token_urlsafe(16) if product is None else f"product-{secrets.token_urlsafe(16)}"
     # In Gradio's cache, so that Gradio serves the files where they are and deletes them with its own
@@ -58,7 +56,16 @@ def keep(owner: str | None, product: Product | None = None) -> str:
 
 
 def folder(token: str) -> Path:
-    return _kept[token].folder
+    """Where the files of a token lie.
+
+    Raises:
+        ValueError: They are gone.
+    """
+    kept = _kept.get(token)
+    if kept is None:
+        raise ValueError("These results are no longer kept: make them again.")
+    kept.used = time.monotonic()
+    return kept.folder
 
 
 def product(model: str) -> Product | None:
@@ -81,6 +88,24 @@ def forget(request: gr.Request) -> None:
     for token, kept in list(_kept.items()):
         if kept.owner == request.session_hash:
             _remove(token)
+
+
+def sweep() -> None:
+    """Deletes what nobody has asked for in time."""
+    for token, kept in list(_kept.items()):
+        if time.monotonic() - kept.used > KEPT_SECONDS:
+            _remove(token)
+
+
+def keep_sweeping(every: float = 300.0) -> None:
+    """Sweeps again and again, as long as this process lives."""
+
+    def run() -> None:
+        while True:
+            time.sleep(every)
+            sweep()
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def _remove(token: str) -> None:

@@ -6,11 +6,11 @@ from PIL import Image
 
 from rad import RADDenoisingOutput, RADImageProcessor, RADRestorationOutput
 
-from . import models
+from . import models, visitors
 from .inspection import SCORES, Inspection, heat_range
 from .look import empty, flipbook, flipbook_value, strip
 from .settings import Settings
-from .words import one_sentence
+from .words import handler
 
 LEVELS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6)  # of the respaced chain; RAN scores at the first, the third and the fifth
 MAX_FRAMES = 50
@@ -23,9 +23,12 @@ and the model puts there what good parts have. Where its guess is no good step b
 divergence** between the two steps is large; where it expects other texture or shape, the **feature error** is.
 """
 MAPS_HELP = """
-The plain colour difference between picture and guess (**RGB**) also sees edges and grain, which are hard to guess on
-good parts too. **KL** weighs it by how sure the model is; **features** see texture and shape; **fused** is what the
-verdict rests on. All are in deviations of good parts: dark is as usual, bright far odder.
+Each map asks in another way how unlike good parts a spot is. The plain colour difference between picture and guess
+(**RGB**) also sees edges and grain, which are hard to guess on good parts too. **KL** weighs it by how sure the model
+is. **Features** see texture and shape: the **error** of the model's guess of them; the **residual**, whether that
+error is unlike those on good parts in all channels together; and the **Mahalanobis distance** of the features from
+good ones. A **discriminator** has learned from artificial defects. The verdict rests on the **fused** map. All are in
+standard deviations of good parts: dark is as usual, bright far odder.
 """
 RESTORE_HELP = """
 The gradient of the distance to good parts removes the defect, the diffusion model removes the gradient's noise: play
@@ -93,7 +96,7 @@ def distance_words(distances: np.ndarray) -> str:
 # -- handlers ---------------------------------------------------------------------------------------------------------
 
 
-@one_sentence
+@handler
 def on_explain(inspection: Inspection | None, shown: Inspection | None, progress=gr.Progress()):
     """What the tab shows of the inspected picture; nothing is done again for the same one."""
     if inspection is None or shown is inspection:
@@ -108,9 +111,9 @@ def on_explain(inspection: Inspection | None, shown: Inspection | None, progress
     return inspection, book, strip(map_pictures(inspection)), None
 
 
-@one_sentence
+@handler
 def on_restore(inspection: Inspection | None, progress=gr.Progress(track_tqdm=True)):
-    """The picture beside its good version, the distance in words, and the steps to play."""
+    """The picture beside its good version, the distance in words, and the steps to play; and whose they are."""
     if inspection is None:
         raise ValueError("Inspect a picture first.")
     progress(0.0, desc="Moving the picture towards good parts")
@@ -119,7 +122,12 @@ def on_restore(inspection: Inspection | None, progress=gr.Progress(track_tqdm=Tr
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_FRAMES)).round().astype(int))
     pages = [([steps[i]], f"Step {i} of {len(steps) - 1}, distance {distances[i]:.1f}") for i in shown]
     book = flipbook_value(["The part, step by step"], pages, 0, distances[shown], "Distance to good parts")
-    return (inspection.view, restored.images[0]), distance_words(distances), book
+    return (inspection, (inspection.view, restored.images[0]), distance_words(distances), book)
+
+
+def on_restored(done: tuple | None, inspection: Inspection | None):
+    """Shows a restoration if its picture is still the inspected one."""
+    return done[1:] if done is not None and done[0] is inspection else [gr.skip()] * 3
 
 
 # -- the tab ----------------------------------------------------------------------------------------------------------
@@ -145,12 +153,22 @@ def build(settings: Settings, tab: gr.Tab) -> None:
         show_progress_on=[levels],
         api_visibility="private",
     )
-    gr.on(
+    restored = gr.State(time_to_live=visitors.KEPT_SECONDS)
+    restoring = gr.on(
         [b.click for b in (*settings.restore_buttons, button)],
         on_restore,
         settings.inspection,
-        [settings.restored, settings.distance, steps],
+        restored,
         concurrency_id="restore",
         concurrency_limit=1,
+        show_progress_on=[settings.restored, steps],
+        api_visibility="private",
+    )
+    restoring.success(
+        on_restored,
+        [restored, settings.inspection],
+        [settings.restored, settings.distance, steps],
+        concurrency_limit=4,
+        show_progress="hidden",
         api_visibility="private",
     )

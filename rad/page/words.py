@@ -8,11 +8,11 @@ from collections.abc import Callable
 import gradio as gr
 
 
-def one_sentence(action: Callable) -> Callable:
-    """Shows the library's one-sentence errors as they are."""
+def one_sentence(action: Callable, markup: bool = False) -> Callable:
+    """Shows the library's one-sentence errors as they are; `markup` where they are shown as HTML."""
 
     def translate(error: Exception) -> gr.Error:
-        return gr.Error(str(error), print_exception=False)
+        return gr.Error(html.escape(str(error)) if markup else str(error), print_exception=False)
 
     @functools.wraps(action)
     def wrapped(*args, **kwargs):
@@ -31,6 +31,14 @@ def one_sentence(action: Callable) -> Callable:
     return generator if inspect.isgeneratorfunction(action) else wrapped
 
 
+handler = functools.partial(one_sentence, markup=True)  # for actions of the page, whose errors are HTML
+
+
+def resolution(num_good: int) -> int:
+    """Odds rarer than one in this can not be told from so many good pictures."""
+    return min(10 * num_good, 10_000)
+
+
 def odds(p_value: float, resolution: int) -> str:
     """A p-value in words; nothing rarer than one in `resolution` is claimed."""
     if p_value * resolution < 1:
@@ -41,7 +49,9 @@ def odds(p_value: float, resolution: int) -> str:
 
 
 def percent(share: float) -> str:
-    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.2g} %"
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def describe(
@@ -50,6 +60,7 @@ def describe(
     regions: int,
     share: float,
     category: str = "object",
+    model: str = "model",
     num_good: int = 1000,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> str:
@@ -58,10 +69,11 @@ def describe(
     Args:
         rate: False-alarm rate in use; the verdict is "defect" where p_value <= rate.
         regions, share: How many regions the mask has, and its share of the surface.
+        category, model: Names to show.
         num_good: Good pictures that p_value was measured on; it is trusted to a tenth of 1 / num_good.
         interval: What the rate may really be, 95 % confident.
     """
-    good = f"a good part looks this odd {odds(p_value, min(10 * num_good, 10_000))}."
+    good = f"a good part looks this odd {odds(p_value, resolution(num_good))}."
     is_bad = p_value <= rate
     if is_bad and regions:
         where = f"{regions} region{'s' * (regions > 1)}, {percent(share).replace('<', 'less than')} of the surface; "
@@ -75,5 +87,5 @@ def describe(
         f"<div class='verdict {kind}' role='status'><strong>{title}</strong><p>{where}{good}{hint}</p>"
         f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures, "
         f"which leave it between {100 * interval[0]:.1f} and {100 * interval[1]:.1f} % (95 % confidence); "
-        f"product: {html.escape(category)}.</p></div>"
+        f"product: {html.escape(category)}, model: {html.escape(model)}.</p></div>"
     )
