@@ -99,14 +99,14 @@ def two_category_pipeline(two_category_images) -> RADPipeline:
 
 @pytest.fixture(scope="module")
 def page_model(two_category_pipeline, tmp_path_factory) -> str:
-    """The folder of a small pipeline that knows brick and gravel, and which the page offers first."""
+    """The name on the page of a small pipeline that knows brick and gravel, and which the page offers first."""
     folder = tmp_path_factory.mktemp("page")
     two_category_pipeline.save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAD_MODEL", str(folder / "model"))
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "files"))
         patch.setenv("GRADIO_IS_E2E_TEST", "1")  # the server notices at once, not in 15 s, that a visitor left
-        yield str(folder / "model")
+        yield "model"
 
 
 @pytest.fixture(scope="module")

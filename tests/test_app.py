@@ -4,7 +4,12 @@ import asyncio
 import base64
 import importlib.util
 import json
+import os
 import re
+import shutil
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -49,11 +54,11 @@ def part(two_category_images, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def good_files(good_images, tmp_path_factory) -> list[str]:
+def good_zip(good_images, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("good")
     for i, picture in enumerate(good_images):
         picture.save(folder / f"{i:02d}.png")
-    return sorted(str(path) for path in folder.glob("*.png"))
+    return shutil.make_archive(str(folder.parent / "good"), "zip", folder)
 
 
 def wait_for(condition, seconds: float = 20.0) -> bool:
@@ -73,6 +78,9 @@ def test_page_builds_without_loading_a_model(monkeypatch):
     demo = app.build_demo()
     assert not models._loaded
     assert demo._queue.max_size == 7
+    monkeypatch.setenv("RAD_MAX_QUEUE", "many")
+    with pytest.raises(ValueError, match="RAD_MAX_QUEUE must be a whole number of at least 1, got 'many'"):
+        app.build_demo()
     assert sum(demo.delete_cache) <= 3600, "uploads are to be gone within the hour"
 
 
@@ -80,6 +88,25 @@ def test_device(monkeypatch, page_model):
     monkeypatch.setenv("RAD_DEVICE", "meta")
     monkeypatch.setattr(models, "_loaded", models.OrderedDict())
     assert models.load(page_model).pipeline.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RAD_DEVICE", "banana", "RAD_DEVICE is 'banana', which this machine does not have"),
+        ("RAD_MAX_QUEUE", "0", "RAD_MAX_QUEUE must be a whole number"),
+        ("RAD_MODEL", "/nowhere", "There is no folder '/nowhere'"),
+    ],
+)
+def test_what_is_wrong_with_the_environment_is_said_at_once(name, value, words, page_model, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", models.OrderedDict())
+    monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match=words):
+            app.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_work_is_done_on_a_space_s_gpu(monkeypatch, page_model, part):
@@ -126,14 +153,14 @@ def test_endpoints_are_documented(client):
         described = endpoint["description"]
         assert len(described) > 30, name
         for parameter in endpoint["parameters"]:
-            assert parameter["parameter_name"] in ("image", "files", "model", "category", "name", "false_alarm_rate")
+            assert parameter["parameter_name"] in ("image", "archive", "model", "category", "name", "false_alarm_rate")
             assert parameter["label"] == parameter["parameter_name"], name
         assert all(returned["label"] and "value" not in returned["label"] for returned in endpoint["returns"]), name
 
 
-def test_inspect(client, part, page_model):
+def test_inspect(client, part, page_model, two_category_pipeline):
     result, overlay, mask, files = client.predict(handle_file(part), page_model, "gravel", 0.2, api_name="/inspect")
-    found = RADPipeline.from_pretrained(page_model)(part, class_labels="gravel", false_alarm_rate=0.2)
+    found = two_category_pipeline(part, class_labels="gravel", false_alarm_rate=0.2)
     assert result["is_anomalous"] and result["p_value"] == pytest.approx(found.p_value[0])
     assert result["score"] == pytest.approx(found.score[0]) and result["category"] == "gravel"
     assert result["regions"] == [
@@ -158,17 +185,17 @@ def test_restore(client, part):
 
 
 def test_batch(client, part, tmp_path):
+    shutil.copy(part, tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    result, files = client.predict(
-        files=[handle_file(part), handle_file(tmp_path / "notes.txt")], false_alarm_rate=0.2, api_name="/inspect_batch"
-    )
+    archive = shutil.make_archive(str(tmp_path.parent / "batch"), "zip", tmp_path)
+    result, files = client.predict(archive=handle_file(archive), false_alarm_rate=0.2, api_name="/inspect_batch")
     assert [row["verdict"] for row in result["pictures"]] == ["defect", "error"]
     assert sorted(Path(path).name for path in files) == ["batch.csv", "batch.json", "maps.zip"]
 
 
-def test_a_product_lives_as_long_as_its_session(served, part, good_files, client, tmp_path):
+def test_a_product_lives_as_long_as_its_session(served, part, good_zip, client, tmp_path):
     mine = Client(served.local_url, verbose=False)
-    fitted, zipped = mine.predict([handle_file(path) for path in good_files], "nut", api_name="/fit_product")
+    fitted, zipped = mine.predict(handle_file(good_zip), "nut", api_name="/fit_product")
     token = fitted["model"]
     assert [row["held_out"] for row in fitted["self_check"]] == [12] * 3
     result, *_ = mine.predict(handle_file(part), token, api_name="/inspect")
@@ -195,7 +222,7 @@ def test_sixteen_bit_pictures_reach_our_decoder(client, page_model, tmp_path):
     assert deep["scores"] == flat["scores"]
 
 
-def test_errors_are_one_sentence(client, part, good_files, tmp_path):
+def test_errors_are_one_sentence(client, part, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     bad, good = handle_file(tmp_path / "notes.png"), handle_file(part)
     for words, endpoint, arguments in (
@@ -205,7 +232,9 @@ def test_errors_are_one_sentence(client, part, good_files, tmp_path):
         ("There is no model '/etc'", "/inspect", {"image": good, "model": "/etc"}),
         ("There is no category 'nut'", "/inspect", {"image": good, "category": "nut"}),
         ("There is no model 'x'", "/describe_model", {"model": "x"}),
-        ("at least 10 good pictures, got 2", "/fit_product", {"files": [handle_file(f) for f in good_files[:2]]}),
+        ("at least 10 good pictures, got 1", "/fit_product", {"archive": good}),
+        ("must lie between 0 and 1, got None", "/inspect_batch", {"archive": good, "false_alarm_rate": None}),
+        ("The model must be a name, got None", "/describe_model", {"model": None}),
     ):
         with pytest.raises(AppError, match=words):
             client.predict(**arguments, api_name=endpoint)
@@ -242,9 +271,6 @@ def test_python_example(served, part, monkeypatch, capsys):
 
 
 def test_curl_example(served, part):
-    import shutil
-    import subprocess
-
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     script = "set -euo pipefail\n" + example("bash", served)
@@ -253,35 +279,51 @@ def test_curl_example(served, part):
     assert "event: complete" in done.stdout and "p_value" in done.stdout
 
 
-def test_mcp_tools(served, part):
+def test_mcp_tools(served, part, good_zip):
+    archive = "data:application/zip;base64," + base64.b64encode(Path(good_zip).read_bytes()).decode()
     picture = "data:image/png;base64," + base64.b64encode(Path(part).read_bytes()).decode()
 
     messages = []
+
+    arguments = {
+        "inspect": {"image": picture, "false_alarm_rate": 0.2},
+        "explain": {"image": picture},
+        "restore": {"image": picture},
+        "inspect_batch": {"archive": archive},
+        "fit_product": {"archive": archive, "name": "nut"},
+        "describe_model": {},
+    }
 
     async def talk():
         url = f"{served.local_url}gradio_api/mcp/"
         async with streamable_http_client(url) as (read, write, _), ClientSession(read, write) as session:
             await session.initialize()
             tools = {tool.name: tool for tool in (await session.list_tools()).tools}
-            arguments = {"image": picture, "false_alarm_rate": 0.2}
-            return tools, await session.call_tool("inspect", arguments, progress_callback=progressed)
+            answers = {}
+            for name, given in arguments.items():
+                answers[name] = await session.call_tool(name, given, progress_callback=progressed)
+            return tools, answers
 
     async def progressed(progress: float, total: float | None, message: str | None) -> None:
         messages.append(message)
 
-    tools, answer = asyncio.run(talk())
-    assert set(tools) == ENDPOINTS
+    tools, answers = asyncio.run(talk())
+    assert set(tools) == set(answers) == ENDPOINTS
+    texts = {name: " ".join(c.text for c in answer.content if c.type == "text") for name, answer in answers.items()}
+    assert not any(answer.isError for answer in answers.values()), texts
+    assert "'held_out': 12" in texts["fit_product"] and "'verdict': 'good'" in texts["inspect_batch"]
+    for name, tool in tools.items():
+        assert not re.search(r",,|, ,|As in", tool.description + str(tool.inputSchema)), name
     properties = tools["inspect"].inputSchema["properties"]
     assert "share of good parts" in properties["false_alarm_rate"]["description"].lower()
-    text = " ".join(part.text for part in answer.content if part.type == "text")
-    assert not answer.isError and "'is_anomalous': True" in text
-    assert any(part.type == "image" for part in answer.content) and messages
+    assert "'is_anomalous': True" in texts["inspect"] and messages
+    assert any(content.type == "image" for content in answers["inspect"].content)
 
 
 # -- under load -------------------------------------------------------------------------------------------------------
 
 
-def test_twenty_visitors_at_once(served, page_model, tmp_path):
+def test_twenty_visitors_at_once(served, two_category_pipeline, tmp_path):
     """Each gets the result of their own picture, sees a place in the queue, and the page answers meanwhile."""
     pictures, kept_before = [], len(visitors._kept)
     for seed in range(20):
@@ -289,7 +331,7 @@ def test_twenty_visitors_at_once(served, page_model, tmp_path):
         picture.paste((255, 255 - 10 * seed, 0), (seed, seed, seed + 20, seed + 20))
         picture.save(tmp_path / f"{seed}.png")
         pictures.append(str(tmp_path / f"{seed}.png"))
-    expected = RADPipeline.from_pretrained(page_model)(pictures).score
+    expected = two_category_pipeline(pictures).score
     with ThreadPoolExecutor(20) as threads:
         clients = list(threads.map(lambda _: Client(served.local_url, verbose=False), range(20)))
     ranks, together = set(), threading.Barrier(20)
@@ -305,10 +347,11 @@ def test_twenty_visitors_at_once(served, page_model, tmp_path):
 
     with ThreadPoolExecutor(21) as threads:
         jobs = [threads.submit(visit, number) for number in range(20)]
-        answers = []
+        answers, memory = [], 0
         while not all(job.done() for job in jobs):
             with urllib.request.urlopen(served.local_url, timeout=10) as page:
                 answers.append(page.status)
+            memory = max(memory, psutil.Process().memory_info().rss)
             time.sleep(0.1)
         results = [job.result() for job in jobs]
     for number, (result, own_files) in enumerate(results):
@@ -316,7 +359,7 @@ def test_twenty_visitors_at_once(served, page_model, tmp_path):
         assert result["score"] == pytest.approx(expected[number], rel=1e-4)
     assert any(rank is not None and rank > 0 for rank in ranks), "nobody was told a place in the queue"
     assert answers and set(answers) == {200}
-    assert psutil.Process().memory_info().rss < 4e9
+    assert memory < 4e9
     for each in clients:
         each.close()
     assert wait_for(lambda: len(visitors._kept) <= kept_before), "what visitors left is still there"
@@ -334,13 +377,20 @@ def test_a_full_queue_says_so(page_model, part, monkeypatch):
     assert "queue is full" in words.lower(), words
 
 
-def test_no_file_stays_when_the_server_stops(page_model, part, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
-    demo = app.build_demo()
-    demo.launch(**app.LAUNCH, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    client = Client(demo.local_url, verbose=False)
+def test_no_file_stays_when_the_server_is_stopped(part, tmp_path):
+    """`python app.py` in a process of its own, with an upload and results on disk."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path), "RAD_MODEL": "mtd"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    server = subprocess.Popen([sys.executable, ROOT / "app.py"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert any("Running on local URL" in line for line in server.stdout)
+    client = Client(f"http://127.0.0.1:{port}/", verbose=False)
     client.predict(image=handle_file(part), api_name="/inspect")
-    assert any("part" in path.name for path in (tmp_path / "files").rglob("*"))
+    assert [path for path in tmp_path.rglob("*part*") if path.is_file()]
+    server.terminate()
     client.close()
-    demo.close()
-    assert wait_for(lambda: not [path for path in (tmp_path / "files").rglob("*part*") if path.is_file()])
+    assert server.wait(30) == 0
+    server.stdout.close()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import tempfile
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 
 from rad import RADPipeline
 from rad.page import batch, catalogue, inspection, look, models, product, visitors, why
-from rad.page.words import describe, odds, percent
+from rad.page.words import describe, handler, odds, percent
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def test_odds(p_value, words):
 
 
 def test_percent():
-    assert [percent(share) for share in (0.0, 0.0002, 0.014, 1.0)] == ["0 %", "< 0.1 %", "1.4 %", "1e+02 %"]
+    assert [percent(share) for share in (0.0, 0.0002, 0.014, 1.0)] == ["0 %", "< 0.1 %", "1.4 %", "100 %"]
 
 
 def test_verdict_of_a_defect():
@@ -90,7 +92,14 @@ def test_verdict_claims_no_more_than_its_good_pictures_tell():
 
 
 def test_names_are_shown_as_text():
-    assert "<script>" not in describe(0.3, 0.01, regions=0, share=0.0, category="<script>")
+    assert "<script>" not in describe(0.3, 0.01, regions=0, share=0.0, category="<script>", model="<script>")
+
+    @handler
+    def fail() -> None:
+        raise ValueError("<script>")
+
+    with pytest.raises(gr.Error, match="&lt;script&gt;"):
+        fail()
     assert "<b>" not in look.strip([(Image.new("RGB", (4, 4)), "<b>'")])
 
 
@@ -107,9 +116,15 @@ def test_what_is_kept_goes_with_its_session_alone(request_of_visitor):
 
 def test_what_nobody_asks_for_goes_in_time(monkeypatch):
     old = visitors.folder(visitors.keep("gone"))
-    now = visitors.time.monotonic()
+    now, sleep = time.monotonic(), time.sleep
+    monkeypatch.setattr(visitors.time, "monotonic", lambda: now + visitors.KEPT_SECONDS - 1)
+    visitors.sweep()
+    assert old.exists()
     monkeypatch.setattr(visitors.time, "monotonic", lambda: now + visitors.KEPT_SECONDS + 1)
-    visitors.keep("other")
+    visitors.keep_sweeping(every=0.01)  # nobody need come by for it
+    for _ in range(500):
+        if old.exists():
+            sleep(0.01)
     assert not old.exists()
 
 
@@ -124,8 +139,10 @@ def test_few_products_are_kept(monkeypatch):
     assert [token in visitors._kept for token in mine] == [True, False, True]
     others = [visitors.keep(f"other {i}", thing) for i in range(2)]
     assert [token in visitors._kept for token in (*mine, *others)] == [False, False, True, True, True]
-    visitors.keep("me")  # results are no products
-    assert len(visitors._kept) == 4
+    results = [visitors.keep("me") for _ in range(3)]  # count by themselves
+    assert [token in visitors._kept for token in (mine[2], *results)] == [True, False, True, True]
+    with pytest.raises(ValueError, match="no longer kept"):
+        visitors.folder(results[0])
 
 
 def test_a_model_that_was_deleted_says_so(request_of_visitor, page_model):
@@ -175,7 +192,7 @@ def test_the_servers_own_token_opens_nothing_for_visitors(hub, two_category_pipe
 def test_a_model_that_is_too_large_is_not_downloaded(hub, two_category_pipeline, monkeypatch):
     two_category_pipeline.push_to_hub("user/large", token="hf_user")
     monkeypatch.setattr(models, "MAX_DOWNLOAD", 1e6)
-    with pytest.raises(ValueError, match=r"user/large has \d+ MB of weights; this page loads up to 1 MB"):
+    with pytest.raises(ValueError, match=r"user/large has \d+ MB; this page loads up to 1 MB"):
         models.load("user/large")
 
 
@@ -199,12 +216,30 @@ def test_a_download_holds_up_nobody_else(page_model, monkeypatch):
     assert downloads == ["user/slow"]
 
 
-def test_few_models_stay_in_memory(page_model, monkeypatch):
+def test_few_models_stay_in_memory_beside_those_offered(page_model, hub, two_category_pipeline, monkeypatch):
     monkeypatch.setattr(models, "MAX_LOADED", 1)
     first = models.load(page_model).pipeline
-    models.load("mtd")
-    assert list(models._loaded) == ["mtd"]
-    assert models.load(page_model).pipeline is not first
+    for name in ("user/one", "user/two"):
+        two_category_pipeline.push_to_hub(name, token="hf_user")
+        models.load(name)
+    assert "user/two" in models._loaded and "user/one" not in models._loaded
+    assert models.load(page_model).pipeline is first
+
+
+def test_no_path_of_the_server_is_shown(page_model, monkeypatch, two_category_pipeline, tmp_path):
+    two_category_pipeline.save_pretrained(tmp_path / "parts")
+    monkeypatch.setenv("RAD_MODEL", str(tmp_path / "parts"))
+    assert list(models.offered()) == ["parts", "synthetic", "mtd"]
+    assert models.categories("parts") == ["brick", "gravel"]
+    with pytest.raises(ValueError) as error:
+        models.load(str(tmp_path / "parts"))
+    assert str(tmp_path) not in str(error.value).replace(repr(str(tmp_path / "parts")), "")
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("RAD_DEVICE", "banana")
+    with pytest.raises(ValueError, match="RAD_DEVICE is 'banana', which this machine does not have"):
+        models.device()
 
 
 @pytest.mark.parametrize("name", ["mtd", "synthetic"])
@@ -218,8 +253,8 @@ def test_embedded_models_show_their_metrics_and_limits(name):
 # -- inspect ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_says_what_the_pipeline_says(part, inspected, page_model):
-    pipe = RADPipeline.from_pretrained(page_model)
+def test_the_page_says_what_the_pipeline_says(part, inspected, two_category_pipeline):
+    pipe = two_category_pipeline
     found = pipe(part, class_labels="gravel", false_alarm_rate=0.2)
     assert inspected.p_value == found.p_value[0] and inspected.scores["fused"] == found.score[0]
     anomaly_map, mask, regions = inspection.decide(inspected, 0.2, inspected.size)
@@ -236,8 +271,8 @@ def test_a_model_without_good_parts_says_what_to_do(
     small_pipeline_without_normality.save_pretrained(tmp_path / "bare")
     monkeypatch.setenv("RAD_MODEL", str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="knows no good parts yet"):
-        inspection.score(part, str(tmp_path / "bare"), models.AUTO)
-    assert "none yet" in catalogue.facts(str(tmp_path / "bare"))
+        inspection.score(part, "bare", models.AUTO)
+    assert "none yet" in catalogue.facts("bare")
 
 
 def test_files_to_download(inspected, tmp_path):
@@ -257,6 +292,7 @@ def test_redraw_follows_the_rate_and_runs_no_model(inspected):
     calls = []
     hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in (pipe.unet, pipe.feature_extractor)]
     verdict, stack, (picture, boxes), table, histogram = inspection.on_redraw(inspected, 0.2)
+    assert "model: model." in verdict
     strict, _, (_, no_boxes), no_table, _ = inspection.on_redraw(inspected, inspected.p_value / 2)
     for hook in hooks:
         hook.remove()
@@ -265,6 +301,20 @@ def test_redraw_follows_the_rate_and_runs_no_model(inspected):
     assert boxes and len(boxes) == len(table) and no_boxes == no_table == []
     assert picture.size == (120, 90) and set(stack) == {"picture", "heat", "lines"}
     assert histogram.startswith("<svg") and "aria-label" in histogram
+
+
+def test_pictures_of_too_many_pixels_are_refused(part, page_model, monkeypatch):
+    monkeypatch.setattr(inspection, "MAX_PIXELS", 120 * 90 - 1)
+    with pytest.raises(ValueError, match=r"part\.png has 0 megapixels; this page takes up to 0"):
+        inspection.score(part, page_model, models.AUTO)
+
+
+@pytest.mark.parametrize("rate", [0, 1, -1, 5, None, "abc", float("nan")])
+def test_rates_that_are_none(rate, part, page_model):
+    with pytest.raises(ValueError, match="The false-alarm rate must lie between 0 and 1"):
+        inspection.check_rate(rate)
+    with pytest.raises(ValueError, match="The false-alarm rate must lie between 0 and 1"):
+        next(batch.score_all([part], page_model, models.AUTO, "visitor", [rate]))
 
 
 def test_redraw_before_any_picture_changes_nothing():
@@ -297,7 +347,9 @@ def test_noise_levels_contain_those_of_the_score(inspected):
 
 
 def test_restoration_is_a_flip_book_with_its_curve(inspected):
-    (before, after), words, book = why.on_restore(inspected)
+    done = why.on_restore(inspected)
+    assert why.on_restored(done, None) == [gr.skip()] * 3, "another picture has been inspected since"
+    (before, after), words, book = why.on_restored(done, inspected)
     assert before.size == after.size == (120, 90)
     assert len(book["pages"]) == len(book["curve"]) <= why.MAX_FRAMES
     assert book["pages"][0]["caption"].startswith("Step 0 of") and book["curve"][-1] < book["curve"][0]
@@ -323,7 +375,7 @@ def scored(part, page_model, tmp_path) -> batch.Batch:
         tmp_path / "parts.zip", {"a/good.png": content, "a/cut.png": content[:200], "__MACOSX/._good.png": b"x"}
     )
     paths = [part, str(tmp_path / "=notes.txt"), archive]
-    *_, done = batch.score_all(paths, page_model, models.AUTO, visitors.folder(visitors.keep("visitor")))
+    *_, done = batch.score_all(paths, page_model, models.AUTO, "visitor")
     return done
 
 
@@ -331,25 +383,51 @@ def test_a_bad_file_is_one_row_with_its_error(scored):
     names = ["part.png", "=notes.txt", "parts/a/good.png", "parts/a/cut.png"]
     assert [row.name for row in scored.rows] == names
     assert [bool(row.error) for row in scored.rows] == [False, True, False, True]
-    assert "is not an image" in scored.rows[1].error and "cut.png" in scored.rows[3].error
+    assert "is not an image" in scored.rows[1].error and "truncated" in scored.rows[3].error
     assert scored.rows[0].score == scored.rows[2].score
     table = batch.table(scored, 0.2)
     assert list(table.verdict) == ["defect", "error", "defect", "error"]
     assert "2 defects in 2" in batch.summary(scored, 0.2) and "2 files could not be read" in batch.summary(scored, 0.2)
 
 
-def test_verdicts_and_areas_follow_the_rate(scored, part, page_model):
-    row = scored.rows[0]
-    found = RADPipeline.from_pretrained(page_model)(part, false_alarm_rate=0.2)
-    assert row.share(0.2) == found.mask[0].mean() > 0
-    assert row.verdict(row.p_value / 2) == "good" and row.share(row.p_value / 2) == 0
+@pytest.mark.parametrize("rate", [0.2, 0.03])
+def test_verdicts_and_areas_are_those_of_the_rate(part, page_model, two_category_pipeline, rate):
+    *_, done = batch.score_all([part], page_model, models.AUTO, "visitor", [rate, 1e-9])
+    row, found = done.rows[0], two_category_pipeline(part, false_alarm_rate=rate)
+    assert row.share(rate) == found.mask[0].mean() > 0
+    assert row.verdict(1e-9) == "good" and row.share(1e-9) == 0
+
+
+def test_no_odds_that_good_pictures_can_not_tell(scored):
+    """With 12 good pictures no rarer ones than 1 in 120; programs get the p-value as it is, and this."""
+    assert (batch.table(scored, 0.2)["p-value"].dropna() >= 0.0083).all()
+    assert batch.records(scored, 0.2)[0]["p_value_resolution"] == pytest.approx(1 / 120)
+
+
+def test_the_results_end_with_their_session(part, page_model, request_of_visitor):
+    running = batch.score_all([part] * 3, page_model, models.AUTO, "visitor")
+    next(running)
+    next(running)
+    visitors.forget(request_of_visitor)
+    with pytest.raises(ValueError, match="no longer kept"):
+        next(running)
+
+
+def test_two_members_of_one_name_are_two_pictures(part, page_model, two_category_images, tmp_path):
+    two_category_images[0][-1].save(tmp_path / "good.png")
+    with zipfile.ZipFile(tmp_path / "parts.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.write(part, "dup.png")
+        archive.write(tmp_path / "good.png", "dup.png")
+    *_, done = batch.score_all([str(tmp_path / "parts.zip")], page_model, models.AUTO, "visitor")
+    assert [row.name for row in done.rows] == ["parts/dup.png"] * 2
+    assert [row.verdict(0.01) for row in done.rows] == ["defect", "good"]
 
 
 def test_gallery_has_the_oddest_first(scored, tmp_path):
     odd, usual = (
         batch.Row(name, "", score, p, thumbnail=tmp_path) for name, score, p in (("b", 9, 1e-9), ("a", 0, 0.5))
     )
-    captions = [caption for _, caption in batch.gallery(batch.Batch("", 2, tmp_path, [usual, odd]), 0.01)]
+    captions = [caption for _, caption in batch.gallery(batch.Batch("", 2, "", [usual, odd]), 0.01)]
     assert captions == ["defect, 9.0: b", "good, 0.0: a"]
 
 
@@ -368,28 +446,34 @@ def test_tables_and_maps_to_download(scored, tmp_path):
 
 
 def test_archives_are_not_trusted(tmp_path, monkeypatch, page_model, part):
-    monkeypatch.setattr(batch, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(batch, "MAX_BYTES", 100_000)
     paths = [
-        write_zip(tmp_path / "bomb.zip", {"zeros.png": bytes(10_001)}),
-        write_zip(tmp_path / "up.zip", {"../../escaped.png": Path(part).read_bytes()[:5000]}),
+        write_zip(tmp_path / "bomb.zip", {"zeros.png": bytes(100_001)}),
+        write_zip(tmp_path / "up.zip", {"../../escaped.png": Path(part).read_bytes(), "n" * 400: b"x"}),
     ]
-    *_, done = batch.score_all(paths, page_model, models.AUTO, tmp_path)
-    assert "has more than 0 MB" in done.rows[0].error and done.rows[1].error
-    assert not list(tmp_path.parent.glob("escaped*")) and not list(tmp_path.parent.parent.glob("escaped*"))
+    *_, done = batch.score_all(paths, page_model, models.AUTO, "visitor")
+    assert "has more than 0 MB" in done.rows[0].error and not done.rows[1].error
+    assert "is not an image" in done.rows[2].error, "no name of a member is used on disk"
+    folders = tmp_path.parent, tmp_path.parent.parent, Path(tempfile.gettempdir()), visitors.folder(done.token).parent
+    assert not [path for folder in folders for path in folder.glob("escaped*")]
     for name, content in (("no.zip", b"no zip"), ("empty.zip", b"")):
         (tmp_path / name).write_bytes(content)
-        *_, done = batch.score_all([str(tmp_path / name), part], page_model, models.AUTO, tmp_path)
+        *_, done = batch.score_all([str(tmp_path / name), part], page_model, models.AUTO, "visitor")
         assert [row.error for row in done.rows] == [f"{name} is damaged, or no zip archive.", ""]
     damaged = bytearray(Path(paths[0]).read_bytes())
     damaged[40:60] = bytes(20)
     (tmp_path / "bomb.zip").write_bytes(damaged)
-    *_, done = batch.score_all(paths[:1], page_model, models.AUTO, tmp_path)
-    assert "zeros.png" in done.rows[0].error
+    *_, done = batch.score_all(paths[:1], page_model, models.AUTO, "visitor")
+    assert "can not be taken from the archive" in done.rows[0].error
+    directory = b"PK\x01\x02"  # starts each of its entries
+    (tmp_path / "cut.zip").write_bytes(Path(paths[1]).read_bytes().replace(directory, bytes(4)))
+    *_, done = batch.score_all([str(tmp_path / "cut.zip"), part], page_model, models.AUTO, "visitor")
+    assert [row.error for row in done.rows] == ["cut.zip is damaged, or no zip archive.", ""]
     entries = write_zip(tmp_path / "many.zip", {f"{i}.png": b"" for i in range(11)})
     monkeypatch.setattr(batch, "MAX_PICTURES", 1)
-    with pytest.raises(ValueError, match="many.zip has more than 10 entries"):
+    with pytest.raises(ValueError, match=r"many\.zip has more than 10 entries"):
         batch.list_files([entries])
-    with pytest.raises(ValueError, match="At most 1 pictures are taken at a time; these are 2"):
+    with pytest.raises(ValueError, match="At most 1 pictures are taken at a time; these are 3"):
         batch.list_files(paths)
     with pytest.raises(ValueError, match="Give pictures"):
         batch.list_files([])
@@ -427,7 +511,8 @@ def test_a_product_of_ones_own(good_files, part, page_model, tmp_path):
     # The zip holds half precision, as all saved pipelines do
     assert found.category == ["My nut 7"] and found.score[0] == pytest.approx(own.scores["fused"], rel=0.05)
     text = "".join(path.read_text() for path in (tmp_path / "my-nut-7").rglob("*.json"))
-    assert os.path.dirname(page_model) not in text, "paths of the server are in what visitors download"
+    assert os.environ["RAD_MODEL"] not in text, "paths of the server are in what visitors download"
+    assert [path.name for path in visitors.folder(token).iterdir()] == ["my-nut-7.zip"]
 
 
 @pytest.mark.parametrize("count", [0, 9])

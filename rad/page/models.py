@@ -61,8 +61,6 @@ def load(model: str) -> Loaded:
         ValueError: It is neither.
         OSError: It can not be had or read; one sentence says why.
     """
-    if not isinstance(model, str):
-        raise ValueError(f"The model must be a name, got {model!r}.")
     with _lock:
         loading = _loading.setdefault(model, threading.Lock())
     try:

@@ -74,6 +74,8 @@ def product(model: str) -> Product | None:
     Raises:
         ValueError: It is one, but what it stood for is gone.
     """
+    if not isinstance(model, str):
+        raise ValueError(f"The model must be a name, got {model!r}.")
     if not model.startswith("product-"):
         return None
     kept = _kept.get(model)
