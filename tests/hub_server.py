@@ -251,8 +251,20 @@ def validate_card(payload: dict) -> dict:
         data = front_matter(payload["content"])
     except yaml.YAMLError as error:
         raise HubError(400, f"YAML metadata is damaged: {error}") from error
-    missing = [{"message": "empty or missing yaml metadata in repo card"}]
-    return {"errors": [], "warnings": [] if isinstance(data, dict) else missing}
+    if not isinstance(data, dict):
+        return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+    errors = []
+    if payload["repoType"] == "space":  # the rules of the Hub's page "Spaces Configuration Reference"
+        colors = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+        allowed = {"colorFrom": colors, "colorTo": colors, "sdk": ("gradio", "docker", "static")}
+        for key, values in allowed.items():
+            if data.get(key) not in values:
+                errors.append(f'"{key}" must be one of {", ".join(values)}')
+        if len(data.get("short_description", "")) > 60:
+            errors.append('"short_description" must have at most 60 characters')
+    if errors:
+        raise HubError(400, "; ".join(errors))
+    return {"errors": [], "warnings": []}
 
 
 def close(connection: socket.socket) -> None:

@@ -137,8 +137,9 @@ def test_front_matter_of_the_space(hub):
     card.validate()  # asks the Hub
     data = card.data
     assert (data.sdk, data.app_file, data.license) == ("gradio", "app.py", "apache-2.0")
-    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}  # that the Hub knows
-    assert {data.colorFrom, data.colorTo} <= colors and len(data.short_description) <= 60
+    wrong = SpaceCard((ROOT / "README.md").read_text().replace("colorFrom: indigo", "colorFrom: orange"))
+    with pytest.raises(ValueError, match="colorFrom.* must be one of"):
+        wrong.validate()
     requirement = re.search(r"^gradio\[mcp\]>=([\d.]+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert data.sdk_version.startswith(requirement[1]), "the Space installs the tested version"
 

@@ -64,7 +64,8 @@ CSS = """
 .facts, .facts tr { border: 0 !important; } .facts caption { text-align: left; }
 .verdict .facts th, .verdict .facts td { text-align: left; font-weight: 400; padding: .25rem .5rem .25rem 0 !important;
                        vertical-align: top; border: solid var(--border-color-primary) !important;
-                       border-width: 1px 0 0 !important; }
+                       border-width: 1px 0 0 !important;
+                       border-color: var(--border-color-primary) !important; }
 .facts th { color: var(--body-text-color-subdued); }
 """
 
