@@ -272,6 +272,8 @@ def test_a_model_without_good_parts_says_what_to_do(
     monkeypatch.setenv("RAD_MODEL", str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="knows no good parts yet"):
         inspection.score(part, "bare", models.AUTO)
+    with pytest.raises(ValueError, match="knows no good parts yet"):
+        next(batch.score_all([part], "bare", models.AUTO, "visitor"))
     assert "none yet" in catalogue.facts("bare")
 
 
@@ -423,12 +425,13 @@ def test_two_members_of_one_name_are_two_pictures(part, page_model, two_category
     assert [row.verdict(0.01) for row in done.rows] == ["defect", "good"]
 
 
-def test_gallery_has_the_oddest_first(scored, tmp_path):
-    odd, usual = (
-        batch.Row(name, "", score, p, thumbnail=tmp_path) for name, score, p in (("b", 9, 1e-9), ("a", 0, 0.5))
-    )
-    captions = [caption for _, caption in batch.gallery(batch.Batch("", 2, "", [usual, odd]), 0.01)]
-    assert captions == ["defect, 9.0: b", "good, 0.0: a"]
+def test_gallery_has_the_oddest_first_of_those_that_are_kept(tmp_path):
+    names = {"usual": 0.5, "odd": 1e-9, "gone": 1e-12}
+    rows = [batch.Row(name, "", 1.0, p, thumbnail=tmp_path / f"{name}.webp") for name, p in names.items()]
+    for row in rows[:2]:
+        row.thumbnail.touch()
+    captions = [caption for _, caption in batch.gallery(batch.Batch("", 3, "", rows), 0.01)]
+    assert captions == ["defect, 1.0: odd", "good, 1.0: usual"]
 
 
 def test_tables_and_maps_to_download(scored, tmp_path):

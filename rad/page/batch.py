@@ -147,7 +147,7 @@ def score_all(
     """
     for rate in rates:
         check_rate(rate)
-    models.normality(model)
+    models.normality(model)  # raises if there is none, once and not for each picture
     files = list_files(paths)
     batch = Batch(model, len(files), visitors.keep(owner))
     yield batch
@@ -209,8 +209,9 @@ def summary(batch: Batch, rate: float) -> str:
 
 
 def gallery(batch: Batch, rate: float) -> list[tuple[str, str]]:
-    """Thumbnails, the oddest first."""
-    rows = sorted((row for row in batch.rows if not row.error), key=lambda row: (row.p_value, -row.score))
+    """Thumbnails that are still kept, the oddest first."""
+    rows = [row for row in batch.rows if row.thumbnail is not None and row.thumbnail.is_file()]
+    rows.sort(key=lambda row: (row.p_value, -row.score))
     return [(str(row.thumbnail), f"{row.verdict(rate)}, {row.score:.1f}: {row.name}") for row in rows[:GALLERY]]
 
 

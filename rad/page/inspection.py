@@ -94,9 +94,7 @@ class Inspection:
 
 def score(path: str, model: str, category: str) -> Inspection:
     """Scores the picture at a path."""
-    pipeline = models.pipeline(model)
-    if pipeline.normality is None:
-        raise ValueError("This model knows no good parts yet: fit yours to it in the tab Your product.")
+    pipeline, side = models.pipeline(model), models.normality(model).config.map_size
     picture = pipeline.image_processor.decode(path)
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
@@ -106,7 +104,6 @@ def score(path: str, model: str, category: str) -> Inspection:
     # The pipeline's own first step: the numbers are those of the whole picture, in a fraction of the memory
     resolution = pipeline.config.resolution
     small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    side = pipeline.normality.config.map_size
     label = None if category in (models.AUTO, "") else category
     found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
     maps = {name: getattr(found, "anomaly_map" if name == "fused" else f"{name}_map") for name in SCORES}

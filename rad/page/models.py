@@ -183,14 +183,22 @@ def pipeline(model: str) -> RADPipeline:
     return with_normality(load(product.base).pipeline, product.normality)
 
 
-def normality(model: str) -> NormalityModel | None:
+def normality(model: str) -> NormalityModel:
+    """What a model knows of good parts.
+
+    Raises:
+        ValueError: Nothing.
+    """
     product = visitors.product(model)
-    return load(model).pipeline.normality if product is None else product.normality
+    known = load(model).pipeline.normality if product is None else product.normality
+    if known is None:
+        raise ValueError("This model knows no good parts yet: fit yours to it in the tab Your product.")
+    return known
 
 
 def categories(model: str) -> list[str]:
     """The kinds of parts that a model tells apart; none if it knows no good parts yet."""
-    known = normality(model)
+    known = pipeline(model).normality
     return [] if known is None else list(known.config.categories)
 
 
