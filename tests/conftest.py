@@ -23,6 +23,7 @@ from skimage import data
 
 import app
 from rad import RADFeatureExtractor, RADPipeline, RADScheduler, RADUNet2DModel
+from rad.page import models
 from rad.pipeline_rad import EMBEDDED_DIR
 
 RESOLUTION = 64
@@ -102,6 +103,7 @@ def page_model(two_category_pipeline, tmp_path_factory) -> str:
     """The name on the page of a small pipeline that knows brick and gravel, and which the page offers first."""
     folder = tmp_path_factory.mktemp("page")
     two_category_pipeline.save_pretrained(folder / "model")
+    models._loaded.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAD_MODEL", str(folder / "model"))
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "files"))

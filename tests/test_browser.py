@@ -207,7 +207,7 @@ def test_why_and_the_restoration(page):
 def archive(two_category_images, tmp_path_factory) -> tuple[str, str]:
     """Zips of 3 and of 200 pictures; in the first, the second picture has a white patch."""
     folder = tmp_path_factory.mktemp("archives")
-    picture = two_category_images[0][-1]
+    picture = two_category_images[0][-1].copy()
     picture.save(folder / "good.png")
     picture.paste("white", (10, 10, 40, 40))
     picture.save(folder / "bad.png")
