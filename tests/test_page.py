@@ -260,7 +260,7 @@ def test_the_page_says_what_the_pipeline_says(part, inspected, two_category_pipe
     anomaly_map, mask, regions = inspection.decide(inspected, 0.2, inspected.size)
     assert (anomaly_map == found.anomaly_map[0]).all() and (mask == found.mask[0]).all() and mask.any()
     assert regions == found.regions[0]
-    result = inspection.result(inspected, 0.2)
+    result = inspection.result(inspected, 0.2, mask, regions)
     assert result["is_anomalous"] == found.is_anomalous[0] and result["threshold"] == found.threshold
     assert [tuple(region["box"]) for region in result["regions"]] == [region.box for region in found.regions[0]]
 
@@ -278,15 +278,17 @@ def test_a_model_without_good_parts_says_what_to_do(
 
 
 def test_files_to_download(inspected, tmp_path):
-    paths = {Path(path).name: path for path in inspection.save(inspected, 0.2, tmp_path)}
+    result, paths = inspection.save(inspected, 0.2, tmp_path)
+    paths = {Path(path).name: path for path in paths}
     assert list(paths) == [f"part_{end}" for end in ("overlay.png", "map.png", "map.npy", "mask.png", "result.json")]
-    anomaly_map, mask, _ = inspection.decide(inspected, 0.2, (120, 90))
+    anomaly_map, mask, regions = inspection.decide(inspected, 0.2, (120, 90))
     assert (np.load(paths["part_map.npy"]) == anomaly_map).all()
     deep = np.asarray(Image.open(paths["part_map.png"]))
     assert deep.dtype == np.uint16 and np.abs(deep / 1024 - 8 - anomaly_map.clip(-8, 56)).max() <= 0.5 / 1024 + 1e-9
     assert (np.asarray(Image.open(paths["part_mask.png"])) == 255 * mask).all()
     assert Image.open(paths["part_overlay.png"]).size == (120, 90)
-    assert json.loads(Path(paths["part_result.json"]).read_text()) == inspection.result(inspected, 0.2)
+    assert json.loads(Path(paths["part_result.json"]).read_text()) == result
+    assert result == inspection.result(inspected, 0.2, mask, regions)
 
 
 def test_redraw_follows_the_rate_and_runs_no_model(inspected):

@@ -291,7 +291,7 @@ def time_page(args: argparse.Namespace, num_visitors: int = 20, batch_size: int 
                 for i in range(batch_size):
                     file.write(examples[i % len(examples)], f"{i:03d}.png")
             began = time.perf_counter()
-            job = clients[0].submit(files=[handle_file(archive)], api_name="/inspect_batch")
+            job = clients[0].submit(archive=handle_file(archive), api_name="/inspect_batch")
             beside = []
             while not job.done():
                 beside.append(inspect(clients[1], examples[1]))

@@ -37,8 +37,7 @@ def inspect(
     """
     inspection.check_rate(false_alarm_rate)
     scored = _score(image, model, category)
-    result = inspection.result(scored, false_alarm_rate)
-    files = inspection.save(scored, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
+    result, files = inspection.save(scored, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
     return result, files[0], files[3], files
 
 
