@@ -261,6 +261,7 @@ def test_the_page_says_what_the_pipeline_says(part, inspected, two_category_pipe
     assert (anomaly_map == found.anomaly_map[0]).all() and (mask == found.mask[0]).all() and mask.any()
     assert regions == found.regions[0]
     result = inspection.result(inspected, 0.2, mask, regions)
+    assert result["p_value_resolution"] == pytest.approx(1 / 120)  # of 12 good pictures
     assert result["is_anomalous"] == found.is_anomalous[0] and result["threshold"] == found.threshold
     assert [tuple(region["box"]) for region in result["regions"]] == [region.box for region in found.regions[0]]
 
