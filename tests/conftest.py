@@ -98,6 +98,16 @@ def two_category_pipeline(two_category_images) -> RADPipeline:
     return pipeline
 
 
+@pytest.fixture(scope="session")
+def part(two_category_images, tmp_path_factory) -> str:
+    """A piece of gravel with a white patch, 120 x 90."""
+    picture = two_category_images[0][-1].resize((120, 90))
+    picture.paste("white", (30, 20, 60, 50))
+    path = tmp_path_factory.mktemp("part") / "part.png"
+    picture.save(path)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def page_model(two_category_pipeline, tmp_path_factory) -> str:
     """The name on the page of a small pipeline that knows brick and gravel, and which the page offers first."""

@@ -44,16 +44,6 @@ def client(served) -> Client:
 
 
 @pytest.fixture(scope="module")
-def part(two_category_images, tmp_path_factory) -> str:
-    """A piece of gravel with a white patch, 120 x 90."""
-    picture = two_category_images[0][-1].resize((120, 90))
-    picture.paste("white", (30, 20, 60, 50))
-    path = tmp_path_factory.mktemp("part") / "part.png"
-    picture.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def good_zip(good_images, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("good")
     for i, picture in enumerate(good_images):

@@ -28,16 +28,6 @@ def offered(page_model):
 
 
 @pytest.fixture(scope="module")
-def part(two_category_images, tmp_path_factory) -> str:
-    """A piece of gravel with a white patch, 120 x 90."""
-    picture = two_category_images[0][-1].resize((120, 90))
-    picture.paste("white", (30, 20, 60, 50))
-    path = tmp_path_factory.mktemp("part") / "part.png"
-    picture.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def inspected(part, page_model) -> inspection.Inspection:
     return inspection.score(part, page_model, "gravel")
 
