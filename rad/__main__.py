@@ -31,9 +31,11 @@ def main() -> None:
     pipeline.image_processor.overlay(image, heat, vmin=output.pixel_threshold / 2, vmax=top).save(path)
     low, high = output.false_alarm_interval
     verdict = "DEFECT" if output.is_anomalous[0] else "good"
+    p_value, least = output.p_value[0], pipeline.normality.p_value_resolution
+    odds = f"{p_value:.2%}" if p_value >= least else f"less than {least:.2%}"
     print(
         f"{args.image}: {verdict} ({output.category[0]}, {len(output.regions[0])} regions). Good parts look as odd as "
-        f"this in {output.p_value[0]:.2%} of cases; the alarm is set to {args.false_alarm_rate:.2%} (on "
+        f"this in {odds} of cases; the alarm is set to {args.false_alarm_rate:.2%} (on "
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )

@@ -53,7 +53,7 @@ def request_of_visitor():
     ],
 )
 def test_odds(p_value, words):
-    assert odds(p_value, 10_000) == words
+    assert odds(p_value, 1e-4) == words
 
 
 def test_percent():
@@ -77,7 +77,7 @@ def test_verdict_of_a_good_part():
 
 
 def test_verdict_claims_no_more_than_its_good_pictures_tell():
-    words = describe(1e-9, 0.01, regions=1, share=0.1, num_good=6, interval=(0.0, 0.459))
+    words = describe(1e-9, 0.01, regions=1, share=0.1, num_good=6, resolution=1 / 60, interval=(0.0, 0.459))
     assert "less than 1 time in 60." in words and "between 0.0 and 45.9 % (95 % confidence)" in words
 
 

@@ -216,6 +216,12 @@ class NormalityModel(ModelMixin, ConfigMixin):
         """
         return _p_value(scores, self._good_scores(score_type))
 
+    @property
+    def p_value_resolution(self) -> float:
+        """The smallest p-value that the held-out good images bear out, a tenth of one in their number and 1e-4 at
+        least; smaller ones only say that an image is very odd."""
+        return 1.0 / min(10 * self.config.num_scores, 10_000)
+
     def score_threshold(self, false_alarm_rate: float, score_type: str = "fused") -> float:
         """The image score that good images exceed at this rate: scores above it have a p-value below the rate."""
         good = self._good_scores(score_type)

@@ -23,7 +23,7 @@ from . import models, visitors
 from .inspection import Inspection, check_rate, decide, heat_range, score
 from .look import RATES, empty
 from .settings import Settings
-from .words import handler, percent, resolution
+from .words import handler, percent
 
 MAX_PICTURES = 1000
 MAX_BYTES = 100_000_000  # of one picture; archives may claim anything
@@ -179,7 +179,7 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
 
 def table(batch: Batch, rate: float) -> pd.DataFrame:
     """The rows as people read them, in the order of the files; no p-value that good pictures can not tell."""
-    least = 1 / resolution(models.normality(batch.model).config.num_scores)
+    least = models.normality(batch.model).p_value_resolution
     rows = [
         [
             row.name,
@@ -227,7 +227,7 @@ def plot(batch: Batch, rate: float) -> str:
 
 def records(batch: Batch, rate: float) -> list[dict]:
     """The rows as programs read them."""
-    least = 1 / resolution(models.normality(batch.model).config.num_scores)
+    least = models.normality(batch.model).p_value_resolution
     return [
         {
             "picture": row.name,

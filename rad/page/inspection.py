@@ -18,7 +18,7 @@ from rad.visualization import draw_regions, encode_map, score_figure
 from . import models, visitors
 from .look import data_uri, empty, layers
 from .settings import Settings
-from .words import describe, handler, percent, resolution
+from .words import describe, handler, percent
 
 SCORES = {  # as the page shows them; the score types that a model lacks are left out
     "rgb": "RGB difference",
@@ -157,7 +157,7 @@ def result(inspection: Inspection, rate: float, mask: np.ndarray, regions: list[
         "category": inspection.category,
         "is_anomalous": inspection.p_value <= rate,
         "p_value": inspection.p_value,
-        "p_value_resolution": 1 / resolution(normality.config.num_scores),
+        "p_value_resolution": normality.p_value_resolution,
         "score": inspection.scores["fused"],
         "scores": inspection.scores,
         "false_alarm_rate": rate,
@@ -232,6 +232,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
         inspection.category,
         models.title(inspection.model),
         num_good,
+        normality.p_value_resolution,
         interval,
     )
     lines = draw_regions(Image.new("RGBA", inspection.view.size), mask, shown)

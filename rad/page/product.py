@@ -15,7 +15,7 @@ from . import models, visitors
 from .batch import fetch, list_files
 from .look import empty
 from .settings import Settings, add_choice
-from .words import handler, resolution
+from .words import handler
 
 MIN_PICTURES, MAX_PICTURES = 10, 500
 CHECKED_RATES = (0.01, 0.05, 0.1)
@@ -134,7 +134,7 @@ def report(model: str) -> str:
         "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
         f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "
-        f"{resolution(num_good):,} can be told.{few}</p></div>"
+        f"{round(1 / product.normality.p_value_resolution):,} can be told.{few}</p></div>"
     )
 
 

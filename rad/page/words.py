@@ -34,15 +34,10 @@ def one_sentence(action: Callable, markup: bool = False) -> Callable:
 handler = functools.partial(one_sentence, markup=True)  # for actions of the page, whose errors are HTML
 
 
-def resolution(num_good: int) -> int:
-    """Odds rarer than one in this can not be told from so many good pictures."""
-    return min(10 * num_good, 10_000)
-
-
-def odds(p_value: float, resolution: int) -> str:
-    """A p-value in words; nothing rarer than one in `resolution` is claimed."""
-    if p_value * resolution < 1:
-        return f"less than 1 time in {resolution:,}"
+def odds(p_value: float, resolution: float) -> str:
+    """A p-value in words; nothing rarer than `resolution` is claimed."""
+    if p_value < resolution:
+        return f"less than 1 time in {round(1 / resolution):,}"
     if p_value > 0.5:
         return "more than 1 time in 2"
     return f"1 time in {round(float(f'{1 / p_value:.2g}')):,}"
@@ -62,6 +57,7 @@ def describe(
     category: str = "object",
     model: str = "model",
     num_good: int = 1000,
+    resolution: float = 1e-4,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """The verdict as HTML.
@@ -70,10 +66,10 @@ def describe(
         rate: False-alarm rate in use; the verdict is "defect" where p_value <= rate.
         regions, share: How many regions the mask has, and its share of the surface.
         category, model: Names to show.
-        num_good: Good pictures that p_value was measured on; it is trusted to a tenth of 1 / num_good.
+        num_good, resolution: Good pictures that p_value was measured on, and how small a one they bear out.
         interval: What the rate may really be, 95 % confident.
     """
-    good = f"a good part looks this odd {odds(p_value, resolution(num_good))}."
+    good = f"a good part looks this odd {odds(p_value, resolution)}."
     is_bad = p_value <= rate
     if is_bad and regions:
         where = f"{regions} region{'s' * (regions > 1)}, {percent(share).replace('<', 'less than')} of the surface; "
