@@ -77,13 +77,16 @@ def test_page_builds_without_loading_a_model(monkeypatch):
 def test_device(monkeypatch, page_model):
     monkeypatch.setenv("RAD_DEVICE", "meta")
     monkeypatch.setattr(models, "_loaded", models.OrderedDict())
-    assert models.load(page_model).pipeline.device.type == "meta"
+    loaded = models.load(page_model)
+    assert loaded.working.device.type == "meta" and loaded.pipeline.device.type == "cpu"
+    assert models.normality(page_model).good_scores.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("RAD_DEVICE", "banana", "RAD_DEVICE is 'banana', which this machine does not have"),
+        ("RAD_DEVICE", "cuda:99", "RAD_DEVICE is 'cuda:99', which this machine does not have"),
         ("RAD_MAX_QUEUE", "0", "RAD_MAX_QUEUE must be a whole number"),
         ("RAD_MODEL", "/nowhere", "There is no folder '/nowhere'"),
     ],

@@ -1,5 +1,6 @@
 """The page as visitors see it, in a real browser. Screenshots are kept in outputs/screenshots."""
 
+import base64
 import json
 import re
 import shutil
@@ -125,6 +126,30 @@ def download(page: Page, link: Locator) -> Path:
 
 
 # -- what visitors do -------------------------------------------------------------------------------------------------
+
+
+def test_ways_to_give_a_picture(page, part):
+    """The three buttons, and a file dropped on the picture's place; what is no picture is refused at once."""
+    place = page.locator("[role=tabpanel]:visible").first
+    for name in ("Upload file", "Capture from camera", "Paste from clipboard"):
+        expect(place.get_by_label(name)).to_be_visible()
+    content = base64.b64encode(Path(part).read_bytes()).decode()
+    for name, data in (("notes.png", ""), ("part.png", content)):
+        files = page.evaluate_handle(
+            """([name, data]) => {
+              const files = new DataTransfer();
+              const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0));
+              files.items.add(new File([bytes], name, {type: "image/png"}));
+              return files;
+            }""",
+            [name, data],
+        )
+        place.locator("button:has-text('Drop a picture here')").first.dispatch_event("drop", {"dataTransfer": files})
+        if name == "notes.png":
+            expect(page.get_by_text("notes.png is not an image").first).to_be_visible()
+    expect(place.locator("img[alt='The picture to inspect']")).to_be_visible()
+    page.get_by_role("button", name="Inspect", exact=True).click()
+    expect(page.locator(".verdict").first).to_contain_text("product: gravel")
 
 
 def test_an_example_its_verdict_and_the_alarm(page):

@@ -218,7 +218,7 @@ def gallery(batch: Batch, rate: float) -> list[tuple[str, str]]:
 def plot(batch: Batch, rate: float) -> str:
     normality = models.normality(batch.model)
     scores = [row.score for row in batch.rows if not row.error]
-    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
     words = (
         f"Scores of {len(scores)} pictures among those of {len(good)} good ones; the alarm starts at {threshold:.1f}."
     )

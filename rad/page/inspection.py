@@ -246,7 +246,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
         left, top, right, bottom = (round(zoom * side) for side in region.box)
         box = f"{left}, {top}", f"{right - left} x {bottom - top}"
         table.append([number, *box, percent(region.area / pixels), round(region.peak, 1)])
-    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
     this = inspection.scores["fused"]
     words = f"Score {this:.1f} of this picture; the alarm starts at {threshold:.1f}; {num_good} good pictures."
     return (

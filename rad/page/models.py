@@ -1,5 +1,6 @@
 """The models of the page: where they come from, where they run, and what is known about them."""
 
+import copy
 import os
 import tempfile
 import threading
@@ -37,7 +38,8 @@ MAX_CARD = 100_000  # characters
 
 
 class Loaded(NamedTuple):
-    pipeline: RADPipeline
+    pipeline: RADPipeline  # on the CPU: what the page itself asks, which on ZeroGPU has no GPU
+    working: RADPipeline  # where models run; on the CPU the same one
     card: str  # Markdown without the front matter
     results: list[tuple[str, str, float]]  # data set, metric, value
 
@@ -84,7 +86,7 @@ def _load(model: str) -> Loaded:
         pipeline = RADPipeline.load(source)
         folder = EMBEDDED_DIR / source if source in EMBEDDED_MODELS else Path(source)
         path = folder / "README.md" if folder.is_dir() else _download_card(source)
-        return Loaded(pipeline.to(device()), *_read_card(path))
+        return Loaded(pipeline, _on_device(pipeline), *_read_card(path))
     if model.count("/") != 1 or model.startswith(("/", ".")) or model.endswith("/"):
         raise ValueError(
             f"There is no model {model!r}: choose {', '.join(offered())}, or give a Hub id such as user/repo."
@@ -101,7 +103,7 @@ def _load(model: str) -> Loaded:
     with tempfile.TemporaryDirectory() as cache:
         options = {"revision": commit, "token": False, "cache_dir": cache}
         pipeline = RADPipeline.from_pretrained(RADPipeline.download(model, **options))
-        return Loaded(pipeline.to(device()), *_read_card(_download_card(model, **options)))
+        return Loaded(pipeline, _on_device(pipeline), *_read_card(_download_card(model, **options)))
 
 
 def device() -> torch.device:
@@ -112,9 +114,17 @@ def device() -> torch.device:
     """
     name = os.environ.get("RAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"RAD_DEVICE is {name!r}, which this machine does not have; cpu always works.") from error
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device is None or (device.index or 0) >= there.get(device.type, 1):
+        raise ValueError(f"RAD_DEVICE is {name!r}, which this machine does not have; cpu always works.")
+    return device
+
+
+def _on_device(pipeline: RADPipeline) -> RADPipeline:
+    return pipeline if device().type == "cpu" else copy.deepcopy(pipeline).to(device())
 
 
 def _download_card(model: str, **kwargs: Any) -> Path | None:
@@ -149,9 +159,9 @@ def run(model: str, method: str, *args: Any, **kwargs: Any) -> Any:
 
 @gpu
 def _run(base: str, normality: NormalityModel | None, method: str, *args: Any, **kwargs: Any) -> Any:
-    pipeline = load(base).pipeline
+    pipeline = load(base).working
     if normality is not None:
-        pipeline = with_normality(pipeline, normality)
+        pipeline = with_normality(pipeline, copy.deepcopy(normality).to(pipeline.device))
     return getattr(pipeline, method)(*args, **kwargs)
 
 
@@ -163,10 +173,10 @@ def fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
 
 @gpu
 def _fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
-    pipeline = load(base).pipeline
+    pipeline = load(base).working
     pipeline = with_normality(pipeline, pipeline.normality)
     pipeline.fit_normality(pictures, categories=[name] * len(pictures))
-    return pipeline.normality
+    return pipeline.normality.to("cpu")
 
 
 def with_normality(pipeline: RADPipeline, normality: NormalityModel | None) -> RADPipeline:

@@ -150,7 +150,7 @@ def on_fit(
     progress(0.95, desc="Packing the model")
     product = visitors.product(token)
     normality = product.normality
-    good, threshold = normality.good_scores[0].cpu().numpy(), normality.score_threshold(rate)
+    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
     figure = score_figure(good, threshold, rate, [], f"Scores of {len(good)} held-out good pictures.")
     return report(token), figure, save(token), NEXT.format(name=file_name(product.name)), *add_choice(known, token)
 
