@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
+from rad import RADImageProcessor
 from rad.visualization import score_figure
 
 from . import models, visitors
@@ -62,11 +63,10 @@ def read(paths: list[str], resolution: int) -> list[Image.Image]:
         raise ValueError(
             f"At most {MAX_PICTURES} pictures are taken here, got {len(files)}; training takes any number."
         )
-    processor = models.load(models.DEFAULT_MODEL).pipeline.image_processor
     for name, path, member in files:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                picture = processor.decode(fetch(path, member, Path(folder)))
+                picture = RADImageProcessor().decode(fetch(path, member, Path(folder)))
             except (ValueError, OSError) as error:
                 where = "" if member is None else f"{name}: "
                 raise ValueError(f"{where}{error} Take it out and try again.") from error
@@ -78,7 +78,7 @@ def read(paths: list[str], resolution: int) -> list[Image.Image]:
 
 def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
     """Fits a visitor's model; returns its token."""
-    name = "".join(c for c in name if c.isalnum() or c in " -_")[:MAX_NAME].strip() or "my product"
+    name = "".join(c for c in name or "" if c.isalnum() or c in " -_")[:MAX_NAME].strip() or "my product"
     product = visitors.product(model)
     base = model if product is None else product.base
     pictures = read(paths, models.load(base).pipeline.config.resolution)
