@@ -177,6 +177,22 @@ def test_an_example_its_verdict_and_the_alarm(page):
     )
 
 
+def test_the_verdict_is_that_of_the_picture_shown(page):
+    """Another picture while one is scored, and none."""
+    verdict = page.locator(".verdict").first
+    for name in ("brick stain", "capsule crack"):
+        page.locator(f"button:has(img[alt='{name}'])").first.click()
+        page.wait_for_timeout(100)
+    expect(verdict).to_contain_text("product: capsule")
+    page.wait_for_timeout(2000)
+    assert "product: capsule" in verdict.inner_text()
+    page.get_by_role("button", name="Inspect", exact=True).click()
+    page.wait_for_timeout(100)
+    page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
+    page.wait_for_timeout(2500)
+    assert "No picture yet" in verdict.inner_text()
+
+
 def test_files_are_what_they_say(page):
     run_example(page)
     open_tab(page, "Save")
@@ -356,6 +372,14 @@ def test_looks(browser, served, width, scheme):
     run_example(page)
     page.wait_for_timeout(500)
     assert page.evaluate("window.shift") < 0.1, "the layout jumps"
+    if width < 640:  # the alarm stays in sight, and the verdict below it
+        page.evaluate("scrollTo(0, 1200)")
+        page.wait_for_timeout(200)
+        assert page.locator(".rate").first.bounding_box()["y"] == pytest.approx(0, abs=1)
+        page.evaluate("document.querySelector('.verdict').scrollIntoView({block: 'start'})")
+        page.wait_for_timeout(200)
+        rate, verdict = (page.locator(name).first.bounding_box() for name in (".rate", ".verdict"))
+        assert rate["y"] + rate["height"] <= verdict["y"] + 1
     for name in ("Inspect", "Why", "Batch", "Your product", "Models"):
         open_tab(page, name)
         if name == "Why":

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from . import batch as many
 from . import catalogue, inspection, models, product, visitors, why
@@ -15,6 +16,15 @@ def _score(image: str | None, model: str, category: str) -> inspection.Inspectio
     if image is None:
         raise ValueError("Give a picture: the argument image is empty.")
     return inspection.score(image, model, category)
+
+
+def _write(pictures: list[Image.Image], request: gr.Request) -> list[str]:
+    """Pictures as files of this call alone: Gradio would write equal ones to one file, while others read it."""
+    folder = visitors.folder(visitors.keep(request.session_hash))
+    paths = [str(folder / f"{number:02d}.png") for number in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    return paths
 
 
 @one_sentence
@@ -42,7 +52,7 @@ def inspect(
 
 
 @one_sentence
-def explain(image: str, model: str, category: str) -> tuple[dict[str, Any], list, list]:
+def explain(image: str, model: str, category: str, request: gr.Request) -> tuple[dict[str, Any], list, list]:
     """Shows what a verdict rests on: one denoising step at several noise levels, and each score's map.
 
     Args:
@@ -61,11 +71,14 @@ def explain(image: str, model: str, category: str) -> tuple[dict[str, Any], list
     levels = {"timesteps": steps.timesteps, "noise_levels": steps.noise_levels.tolist()}
     names = ("noised", "denoised", "KL", "feature error")
     pictures = [(p, f"{name}: {words}") for page, words in pages for p, name in zip(page, names, strict=True)]
-    return levels, pictures, why.map_pictures(scored)
+    maps = why.map_pictures(scored)
+    paths = _write([picture for picture, _ in pictures + maps], request)
+    captioned = list(zip(paths, [words for _, words in pictures + maps], strict=True))
+    return levels, captioned[: len(pictures)], captioned[len(pictures) :]
 
 
 @one_sentence
-def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]:
+def restore(image: str, model: str, category: str, request: gr.Request) -> tuple[str, dict[str, Any]]:
     """Shows what a part would look like without its defect; takes up to a minute.
 
     Args:
@@ -79,7 +92,8 @@ def restore(image: str, model: str, category: str) -> tuple[str, dict[str, Any]]
     """
     scored = _score(image, model, category)
     restored = why.restore(scored)
-    return restored.images[0], {"distances": restored.distances[0].tolist(), "category": scored.category}
+    (path,) = _write([restored.images[0]], request)
+    return path, {"distances": restored.distances[0].tolist(), "category": scored.category}
 
 
 @one_sentence

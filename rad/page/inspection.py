@@ -214,6 +214,15 @@ def on_inspect(path: str | None, model: str, category: str, progress=gr.Progress
     return inspection
 
 
+def on_scored(scored: Inspection | None, path: str | None):
+    """A scored picture is the inspected one if it is still the one that is shown."""
+    return scored if scored is not None and scored.path == path else gr.skip()
+
+
+def on_drawn(path: str | None):
+    return on_clear() if path is None else [gr.skip()] * len(on_clear())
+
+
 @handler
 def on_redraw(inspection: Inspection | None, rate: float):
     """Verdict, layers, boxes, table and histogram at a false-alarm rate, from the kept maps: no model runs."""
@@ -336,11 +345,13 @@ def build(settings: Settings) -> None:
                     save_button = gr.Button("Save the result")
                     files = gr.Files(label="Files", interactive=False)
 
+    scored = gr.State(time_to_live=visitors.KEPT_SECONDS)
     results = [verdict, stack, boxes, table, histogram]
     scoring = {
         "fn": on_inspect,
         "inputs": [image, settings.model, settings.category],
-        "outputs": settings.inspection,
+        "outputs": scored,
+        "trigger_mode": "always_last",
         "concurrency_id": "score",
         "concurrency_limit": 2,
         "show_progress_on": [verdict],
@@ -367,9 +378,12 @@ def build(settings: Settings) -> None:
         return examples[event.index], EXAMPLES_MODEL, models.AUTO
 
     chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")
+    # The picture may be another, or gone, by the time that one is scored, and again when it is drawn
+    checking = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
     for start in (button.click, chosen.success):
-        scored = start(**clearing).success(**scoring)
-        scored.success(**redrawing).success(None, js=SHOW_VERDICT_JS)
+        done = start(**clearing, trigger_mode="always_last").success(**scoring)
+        done = done.success(on_scored, [scored, image], settings.inspection, **checking).success(**redrawing)
+        done.success(on_drawn, image, clearing["outputs"], **checking).success(None, js=SHOW_VERDICT_JS)
     settings.rate.input(**redrawing, trigger_mode="always_last")
     save_button.click(
         on_save, [settings.inspection, settings.rate], files, api_visibility="private", concurrency_limit=2

@@ -30,9 +30,11 @@ CSS = """
 @media (max-width: 640px) {  /* on a phone the alarm stays in sight */
   .settings, .settings > .column { display: contents; }
   .rate { position: sticky; top: 0; z-index: 30; background: var(--body-background-fill); }
+  .rate .note { display: none; } .verdict { scroll-margin-top: 8rem; }
 }
 .figure svg { max-width: 34rem; } .caption-label { font-size: .75rem !important; }
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.gradio-container { max-width: 1280px !important; margin: 0 auto;
+                    overflow: clip !important; }  /* not hidden, in which nothing could stay in sight */
 [role=tab][aria-selected=true] { color: var(--primary-700) !important; }
 .dark [role=tab][aria-selected=true] { color: var(--primary-300) !important; }
 .prose .token { color: inherit !important; background: none !important; }  /* Gradio's are too faint */
