@@ -393,11 +393,11 @@ class RADPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if map_size is not None and (len(map_size) != 2 or min(map_size) < 1):
             raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
-        fitted = None if self.normality is None else list(self.normality.config.timesteps)
-        timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100]) if timesteps is None else list(timesteps)
-        if mode == "calibrated" and timesteps != fitted:
+        default = self._default_timesteps()
+        timesteps = default if timesteps is None else list(timesteps)
+        if mode == "calibrated" and timesteps != default:
             raise ValueError(
-                f"Calibrated scores are fitted to the timesteps {fitted}, got {timesteps}: "
+                f"Calibrated scores are fitted to the timesteps {default}, got {timesteps}: "
                 "call fit_normality(images, timesteps=...) or use mode='paper'."
             )
 
@@ -471,6 +471,12 @@ class RADPipeline(DiffusionPipeline):
             **decision,
         )
         return _to_tensors(output) if output_type == "pt" else output
+
+    def _default_timesteps(self) -> list[int]:
+        """Those that the normality model was fitted to, or RAN's."""
+        if self.normality is None:
+            return self.scheduler.respaced_to_full([5, 50, 100])
+        return list(self.normality.config.timesteps)
 
     def _features(self, x_0: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """The extractor's features of images, a list of the discriminator's logits, empty if there is none, and the
@@ -556,9 +562,7 @@ class RADPipeline(DiffusionPipeline):
             raise ValueError(f"Give one image, not a list of {len(image)}.")
         x_0, _ = self.image_processor.preprocess(image)
         x_0 = x_0.to(self._execution_device, self.unet.dtype)
-        if timesteps is None:
-            fitted = None if self.normality is None else list(self.normality.config.timesteps)
-            timesteps = fitted or self.scheduler.respaced_to_full([5, 50, 100])
+        timesteps = self._default_timesteps() if timesteps is None else list(timesteps)
         if not timesteps:
             raise ValueError("The list of timesteps is empty: give at least one.")
         features = self.feature_extractor(x_0)
@@ -575,7 +579,7 @@ class RADPipeline(DiffusionPipeline):
         maps = kl, (features.float() - predicted).square().mean(1), (x0_hat - x_0.float()).abs().mean(1)
         kl, error, rgb = (m.float().cpu().numpy() for m in maps)
         return RADDenoisingOutput(
-            timesteps=list(timesteps),
+            timesteps=timesteps,
             noise_levels=np.sqrt(1.0 - self.scheduler.full_chain.alphas_cumprod[timesteps]),
             x_t=self.image_processor.to_pil(x_t),
             x0_hat=self.image_processor.to_pil(x0_hat),

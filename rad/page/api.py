@@ -1,6 +1,7 @@
 """The page's actions for programs: `gradio_client`, plain HTTP, and MCP tools. Each call stands by itself."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,13 +19,12 @@ def _score(image: str | None, model: str, category: str) -> inspection.Inspectio
     return inspection.score(image, model, category)
 
 
-def _write(pictures: list[Image.Image], request: gr.Request) -> list[str]:
+def _write(pictures: list[tuple[Image.Image, str]], folder: Path, name: str) -> list[tuple[str, str]]:
     """Pictures as files of this call alone: Gradio would write equal ones to one file, while others read it."""
-    folder = visitors.folder(visitors.keep(request.session_hash))
-    paths = [str(folder / f"{number:02d}.png") for number in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
+    paths = [folder / f"{name}-{number:02d}.png" for number in range(len(pictures))]
+    for path, (picture, _) in zip(paths, pictures, strict=True):
         picture.save(path)
-    return paths
+    return [(str(path), words) for path, (_, words) in zip(paths, pictures, strict=True)]
 
 
 @one_sentence
@@ -47,7 +47,7 @@ def inspect(
     """
     inspection.check_rate(false_alarm_rate)
     scored = _score(image, model, category)
-    result, files = inspection.save(scored, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
+    result, files = inspection.save(scored, false_alarm_rate, visitors.new_folder(request.session_hash))
     return result, files[0], files[3], files
 
 
@@ -71,10 +71,8 @@ def explain(image: str, model: str, category: str, request: gr.Request) -> tuple
     levels = {"timesteps": steps.timesteps, "noise_levels": steps.noise_levels.tolist()}
     names = ("noised", "denoised", "KL", "feature error")
     pictures = [(p, f"{name}: {words}") for page, words in pages for p, name in zip(page, names, strict=True)]
-    maps = why.map_pictures(scored)
-    paths = _write([picture for picture, _ in pictures + maps], request)
-    captioned = list(zip(paths, [words for _, words in pictures + maps], strict=True))
-    return levels, captioned[: len(pictures)], captioned[len(pictures) :]
+    folder = visitors.new_folder(request.session_hash)
+    return levels, _write(pictures, folder, "level"), _write(why.map_pictures(scored), folder, "map")
 
 
 @one_sentence
@@ -92,8 +90,9 @@ def restore(image: str, model: str, category: str, request: gr.Request) -> tuple
     """
     scored = _score(image, model, category)
     restored = why.restore(scored)
-    (path,) = _write([restored.images[0]], request)
-    return path, {"distances": restored.distances[0].tolist(), "category": scored.category}
+    path = visitors.new_folder(request.session_hash) / "restored.png"
+    restored.images[0].save(path)
+    return str(path), {"distances": restored.distances[0].tolist(), "category": scored.category}
 
 
 @one_sentence
@@ -113,7 +112,7 @@ def inspect_batch(
         files: the table as CSV and as JSON, and a zip of all maps as 16-bit PNG
     """
     *_, done = many.score_all([archive], model, category, request.session_hash, [false_alarm_rate])
-    paths = many.save(done, false_alarm_rate, visitors.folder(visitors.keep(request.session_hash)))
+    paths = many.save(done, false_alarm_rate, visitors.new_folder(request.session_hash))
     return {"pictures": many.records(done, false_alarm_rate)}, paths
 
 

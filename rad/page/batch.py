@@ -17,10 +17,10 @@ import gradio as gr
 import pandas as pd
 
 from rad import RADImageProcessor
-from rad.visualization import encode_map, score_figure
+from rad.visualization import encode_map
 
 from . import models, visitors
-from .inspection import Inspection, check_rate, decide, heat_range, score
+from .inspection import Inspection, alarm_mask, among_good, check_rate, heat_range, score
 from .look import RATES, empty
 from .settings import Settings
 from .words import handler, percent
@@ -171,8 +171,9 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
     heat.save(stem.with_suffix(".webp"), quality=80)
     scale = min(1.0, MAP_SIDE / max(inspection.size))
     size = tuple(max(1, round(scale * side)) for side in inspection.size)
-    encode_map(inspection.map(size)).save(stem.with_suffix(".png"))
-    shares = {rate: float(decide(inspection, rate, size)[1].mean()) for rate in rates}
+    anomaly_map = inspection.map(size)
+    encode_map(anomaly_map).save(stem.with_suffix(".png"))
+    shares = {rate: float(alarm_mask(inspection, anomaly_map, rate).mean()) for rate in rates}
     numbers = inspection.scores["fused"], inspection.p_value, inspection.category, shares
     return Row(name, "", *numbers, stem.with_suffix(".webp"), stem.with_suffix(".png"))
 
@@ -216,13 +217,8 @@ def gallery(batch: Batch, rate: float) -> list[tuple[str, str]]:
 
 
 def plot(batch: Batch, rate: float) -> str:
-    normality = models.normality(batch.model)
     scores = [row.score for row in batch.rows if not row.error]
-    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
-    words = (
-        f"Scores of {len(scores)} pictures among those of {len(good)} good ones; the alarm starts at {threshold:.1f}."
-    )
-    return score_figure(good, threshold, rate, scores, words, "pictures")
+    return among_good(batch.model, rate, scores, f"Scores of {len(scores)} pictures", "pictures")
 
 
 def records(batch: Batch, rate: float) -> list[dict]:
@@ -290,7 +286,7 @@ def on_redraw(batch: Batch | None, rate: float):
 def on_save(batch: Batch | None, rate: float, request: gr.Request):
     if batch is None or not batch.rows:
         raise ValueError("Score some pictures first.")
-    return save(batch, rate, visitors.folder(visitors.keep(request.session_hash)))
+    return save(batch, rate, visitors.new_folder(request.session_hash))
 
 
 def show(batch: Batch, rate: float) -> tuple:

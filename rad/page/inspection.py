@@ -140,11 +140,24 @@ def decide(
     inspection: Inspection, rate: float, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, list[AnomalyRegion]]:
     """Map, mask and regions at (width, height) for a false-alarm rate, as the pipeline decides; no model runs."""
-    check_rate(rate)
     anomaly_map = inspection.map(size)
-    threshold = models.normality(inspection.model).pixel_threshold(rate)
-    mask = (anomaly_map > threshold) & (inspection.p_value <= rate)
+    mask = alarm_mask(inspection, anomaly_map, rate)
     return anomaly_map, mask, find_regions(mask, anomaly_map)
+
+
+def alarm_mask(inspection: Inspection, anomaly_map: np.ndarray, rate: float) -> np.ndarray:
+    """Pixels of a map of the picture that raise the alarm; none if the picture as a whole does not."""
+    check_rate(rate)
+    threshold = models.normality(inspection.model).pixel_threshold(rate)
+    return (anomaly_map > threshold) & (inspection.p_value <= rate)
+
+
+def among_good(model: str, rate: float, scores: list[float], words: str, name: str = "picture") -> str:
+    """The figure of scores among those of good pictures; the words say which they are."""
+    normality = models.normality(model)
+    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
+    words = f"{words}; the alarm starts at {threshold:.1f}; {len(good)} good pictures."
+    return score_figure(good, threshold, rate, scores, words, name)
 
 
 def result(inspection: Inspection, rate: float, mask: np.ndarray, regions: list[AnomalyRegion]) -> dict:
@@ -230,9 +243,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
         return [gr.skip()] * 5
     normality = models.normality(inspection.model)
     _, mask, regions = decide(inspection, rate, inspection.view.size)
-    shown, pixels = regions[:SHOWN_REGIONS], mask.size
-    interval = normality.false_alarm_interval(rate)
-    num_good = normality.config.num_scores
+    shown = regions[:SHOWN_REGIONS]
     verdict = describe(
         inspection.p_value,
         rate,
@@ -240,31 +251,22 @@ def on_redraw(inspection: Inspection | None, rate: float):
         float(mask.mean()),
         inspection.category,
         models.title(inspection.model),
-        num_good,
+        normality.config.num_scores,
         normality.p_value_resolution,
-        interval,
+        normality.false_alarm_interval(rate),
     )
     lines = draw_regions(Image.new("RGBA", inspection.view.size), mask, shown)
     stack = {"picture": inspection.picture, "heat": inspection.heat, "lines": data_uri(lines, lossless=True)}
-    boxes = [
-        (region.box, f"{number}: {percent(region.area / pixels)}, peak {region.peak:.1f}")
-        for number, region in enumerate(shown, start=1)
-    ]
-    zoom, table = inspection.size[0] / inspection.view.width, []
+    zoom, boxes, table = inspection.size[0] / inspection.view.width, [], []
     for number, region in enumerate(shown, start=1):
+        surface = percent(region.area / mask.size)
+        boxes.append((region.box, f"{number}: {surface}, peak {region.peak:.1f}"))
         left, top, right, bottom = (round(zoom * side) for side in region.box)
-        box = f"{left}, {top}", f"{right - left} x {bottom - top}"
-        table.append([number, *box, percent(region.area / pixels), round(region.peak, 1)])
-    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
+        place = f"{left}, {top}", f"{right - left} x {bottom - top}"
+        table.append([number, *place, surface, round(region.peak, 1)])
     this = inspection.scores["fused"]
-    words = f"Score {this:.1f} of this picture; the alarm starts at {threshold:.1f}; {num_good} good pictures."
-    return (
-        verdict,
-        stack,
-        (draw_regions(inspection.view, mask, shown), boxes),
-        table,
-        score_figure(good, threshold, rate, [this], words),
-    )
+    histogram = among_good(inspection.model, rate, [this], f"Score {this:.1f} of this picture")
+    return verdict, stack, (draw_regions(inspection.view, mask, shown), boxes), table, histogram
 
 
 def on_clear():
@@ -276,7 +278,7 @@ def on_clear():
 def on_save(inspection: Inspection | None, rate: float, request: gr.Request):
     if inspection is None:
         raise ValueError("Inspect a picture first.")
-    return save(inspection, rate, visitors.folder(visitors.keep(request.session_hash)))[1]
+    return save(inspection, rate, visitors.new_folder(request.session_hash))[1]
 
 
 # -- the tab ----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import gradio as gr
 from PIL import Image
 
 from rad import RADImageProcessor
-from rad.visualization import score_figure
 
 from . import models, visitors
 from .batch import fetch, list_files
+from .inspection import among_good
 from .look import empty
 from .settings import Settings, add_choice
 from .words import handler
@@ -148,11 +148,9 @@ def on_fit(
     progress(0.0, desc="Reading the pictures")
     token = fit(paths, name, model, request.session_hash)
     progress(0.95, desc="Packing the model")
-    product = visitors.product(token)
-    normality = product.normality
-    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
-    figure = score_figure(good, threshold, rate, [], f"Scores of {len(good)} held-out good pictures.")
-    return report(token), figure, save(token), NEXT.format(name=file_name(product.name)), *add_choice(known, token)
+    figure = among_good(token, rate, [], "Scores of the good pictures, each held out")
+    words = NEXT.format(name=file_name(visitors.product(token).name))
+    return report(token), figure, save(token), words, *add_choice(known, token)
 
 
 # -- the tab ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import gradio as gr
 
 from . import models, visitors
 from .look import rate_slider
-from .words import one_sentence
+from .words import handler
 
 
 @dataclass
@@ -27,7 +27,7 @@ def choices() -> list[tuple[str, str]]:
     return [(models.title(model), model) for model in models.offered()]
 
 
-@one_sentence
+@handler
 def on_model(model: str) -> gr.Dropdown:
     return gr.Dropdown(choices=[models.AUTO, *models.categories(model)], value=models.AUTO)
 

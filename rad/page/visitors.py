@@ -68,6 +68,11 @@ def folder(token: str) -> Path:
     return kept.folder
 
 
+def new_folder(owner: str | None) -> Path:
+    """A place for results that nobody asks for again by a token."""
+    return folder(keep(owner))
+
+
 def product(model: str) -> Product | None:
     """The visitor's own model of this token; None if it is no such token.
 
