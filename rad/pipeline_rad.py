@@ -925,7 +925,7 @@ def check_pipeline_folder(
                 with safe_open(path, framework="pt") as file:
                     shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}
             except (SafetensorError, OSError) as error:
-                raise OSError(f"{path} is damaged and can not be read ({error}).") from error
+                raise OSError(f"{path} is damaged and cannot be read ({error}).") from error
         if component == "normality":  # all of it is buffers, which are made before weights are read
             with torch.device("meta"):
                 expected = NormalityModel.from_config(settings).state_dict()

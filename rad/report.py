@@ -73,7 +73,7 @@ class Table:
     rows: list[list[str]]
 
     def to_markdown(self) -> str:
-        """The table in Markdown; names from files can not start anything in it."""
+        """The table in Markdown; names from files cannot start anything in it."""
         lines = (
             [f"## {_plain(self.title)}", "", _plain(self.note), ""] if self.note else [f"## {_plain(self.title)}", ""]
         )
@@ -195,7 +195,7 @@ def published_table(results: dict[str, Any]) -> Table:
     if not same:
         note += (
             " The published rows are of the test images of MVTec-AD's 15 categories and this run is not, so its row "
-            "can not be compared with theirs."
+            "cannot be compared with theirs."
         )
     elif results["arguments"]["max_test_samples"]:
         note += " This run took some of the test images only."

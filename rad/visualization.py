@@ -194,7 +194,7 @@ def score_figure(
         good: Scores of held-out good images.
         threshold: At the false-alarm rate `rate`.
         scores: Of the images in question, a mark each: a triangle above the threshold, a dot else.
-        description: The figure in words, for those who can not see it.
+        description: The figure in words, for those who cannot see it.
         name: What one such image is called.
     """
     scores = np.asarray(scores, np.float64)
@@ -230,7 +230,7 @@ def score_figure(
 
 def svg(figure: Figure, description: str) -> str:
     """A figure as SVG to stand in a page: without a background, black as the page's own colour of text, as wide as its
-    place, with a description for those who can not see it."""
+    place, with a description for those who cannot see it."""
     buffer = io.StringIO()
     with _RC_LOCK, rc_context({"svg.fonttype": "none"}):  # changed for all threads, one at a time
         figure.savefig(buffer, format="svg", transparent=True)

@@ -199,7 +199,7 @@ class HubServer:
         return {"transfer": "basic", "objects": objects}
 
     def commit(self, repo: Repo, revision: str, lines: list[dict], create_pr: bool) -> dict:
-        """All or nothing: a line that can not be followed leaves the repository as it was."""
+        """All or nothing: a line that cannot be followed leaves the repository as it was."""
         header = lines[0]["value"]
         files = dict(repo.files(self.resolve(repo, revision)))
         if header.get("parentCommit") not in (None, repo.refs.get(revision)):

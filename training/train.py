@@ -223,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.feature_stride and not args.backbone:
         parser.error("--feature_stride belongs to --backbone: the embedded extractor has its own.")
     if args.backbone and args.pretrained_model_name_or_path:
-        parser.error("--backbone can't be changed in a pretrained pipeline.")
+        parser.error("--backbone cannot be changed in a pretrained pipeline.")
     if args.hub_token and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb: use `hf auth login` in its place.")
     return args
@@ -265,7 +265,7 @@ def decode_images(
     """Decodes images once, to [3, S, S] uint8, by index; without --cache_images only checks them, giving None.
 
     Raises:
-        ValueError: Names the images that can't be read, unless they are to be skipped.
+        ValueError: Names the images that cannot be read, unless they are to be skipped.
     """
 
     def decode(index: int) -> tuple[torch.Tensor | None, tuple[int, int]] | Exception:
@@ -281,7 +281,7 @@ def decode_images(
     unreadable = [str(result) for result in results.values() if isinstance(result, Exception)]
     if unreadable:
         named = " ".join(unreadable[:10]) + (" ..." if len(unreadable) > 10 else "")
-        message = f"{len(unreadable)} of {len(indices)} images can't be read: {named}"
+        message = f"{len(unreadable)} of {len(indices)} images cannot be read: {named}"
         if not args.skip_unreadable:
             raise ValueError(f"{message} Remove them, or leave them out with --skip_unreadable.")
         logger.warning(f"Skipped: {message}")
@@ -434,7 +434,7 @@ def written_whole(target: Path, what: str):
     """A folder beside `target` to write to, whose content the caller moves; it is removed if writing fails.
 
     Raises:
-        OSError: In one sentence, where the disk is full or can't be written to.
+        OSError: In one sentence, where the disk is full or cannot be written to.
     """
     partial = target.parent / f".partial-{target.name}"
     try:
@@ -504,7 +504,7 @@ def find_checkpoint(args: argparse.Namespace, run: dict) -> Path | None:
         except (OSError, ValueError, KeyError) as error:
             fault = str(error)
         if fault:
-            logger.warning(f"The checkpoint {folder} is damaged and can't be used: {fault}.")
+            logger.warning(f"The checkpoint {folder} is damaged and cannot be used: {fault}.")
             continue
         differing = [
             "the list of training images is another one"
@@ -618,7 +618,7 @@ def estimate_time(
 
 
 def check_space(output_dir: Path, num_parameters: int, num_checkpoints: int) -> None:
-    """Raises OSError before the run if its checkpoints can't fit on the disk: weights, two moments and the average."""
+    """Raises OSError before the run if the disk has no room for its checkpoints: weights, two moments, the average."""
     new = num_checkpoints + 1 - len(checkpoints_of(output_dir))  # a new one is written before the oldest goes
     needed = 16 * num_parameters * new
     free = shutil.disk_usage(output_dir).free
@@ -776,7 +776,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not args.fit_only:
         if args.use_ema:
-            raise ValueError("FSDP can't shard the averaged weights of --use_ema: add --no-use_ema.")
+            raise ValueError("FSDP cannot shard the averaged weights of --use_ema: add --no-use_ema.")
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP needs fsdp_version: 2, as in training/accelerate_configs/multi_node_fsdp.yaml.")
     # Several processes and no accelerator: accelerate joins them only when told that they run on the CPU

@@ -67,7 +67,7 @@ class AnomalyDataset(Dataset):
         level and is left out at pixel level.
 
         Raises:
-            ValueError: A mask can not be read.
+            ValueError: A mask cannot be read.
         """
         sample = self[index]
         if not sample.label:
@@ -85,7 +85,7 @@ class AnomalyDataset(Dataset):
             try:
                 mask = (Image.open(part, formats=FORMATS) if isinstance(part, Path) else part).convert("L")
             except Exception as error:  # Pillow's parsers raise many types on damaged files
-                raise ValueError(f"A mask of {self.samples[index].image} can not be read ({error}).") from error
+                raise ValueError(f"A mask of {self.samples[index].image} cannot be read ({error}).") from error
             if size is not None:
                 mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
             parts.append(np.asarray(mask) > sample.mask_threshold)

@@ -74,7 +74,7 @@ def load_hub_dataset(
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: The data set can not be loaded, lacks a column or a category, or has no good images; or all images
+        ValueError: The data set cannot be loaded, lacks a column or a category, or has no good images; or all images
             are asked for without a column that tells which are good.
     """
     if not good_only and label_column is None:
@@ -87,7 +87,7 @@ def load_hub_dataset(
         rows = datasets.load_dataset(name, config_name, split=split, token=token, cache_dir=cache_dir)
     except Exception as error:  # of the Hub, of Arrow, of the files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"The data set {name!r} can not be loaded ({reason}).") from error
+        raise ValueError(f"The data set {name!r} cannot be loaded ({reason}).") from error
     for column in filter(None, (image_column, category_column, label_column, mask_column)):
         if column not in rows.column_names:
             raise ValueError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}.")

@@ -68,7 +68,7 @@ def paste_defects(image: np.ndarray, other: np.ndarray, rng: np.random.Generator
         # 2. What
         opacity = opacity[..., None] * rng.uniform(0.4, 1.0)
         pasted = (image + opacity * (_fill(image, other, rng) - image)).clip(0, 255)
-        # 3. What can not be seen is no defect
+        # 3. What cannot be seen is no defect
         change = gaussian_filter(np.abs(pasted - image).mean(2), 2.0 if large else 0.7)
         visible = shape & (change > (1.5 if large else 4.0))
         if visible.sum() >= 0.5 * shape.sum() or not large:

@@ -19,7 +19,7 @@ def load_visa(root: Path, split: str, categories: list[str] | None = None) -> li
     Every pixel of a mask that is not 0 is defect: the values tell kinds of defects apart.
 
     Raises:
-        ValueError: The layout is another one, the split file can not be read or names a file that does not exist or
+        ValueError: The layout is another one, the split file cannot be read or names a file that does not exist or
             lies outside `root`, or a category does not exist.
     """
     table = root / "split_csv" / "1cls.csv"

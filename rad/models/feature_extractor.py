@@ -47,7 +47,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         """A backbone with timm's ImageNet weights, downloaded on first use.
 
         Raises:
-            OSError: The weights are not cached and can not be downloaded.
+            OSError: The weights are not cached and cannot be downloaded.
         """
         extractor = cls(backbone, **kwargs)
         try:
@@ -56,7 +56,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
             )
         except Exception as error:  # timm raises whatever its hub client raises: requests, httpx, hub or OS errors
             raise OSError(
-                f"The ImageNet weights of timm's {backbone!r} are not in the cache and can not be downloaded "
+                f"The ImageNet weights of timm's {backbone!r} are not in the cache and cannot be downloaded "
                 f"({error}). "
                 "Without a network, start from an embedded pipeline's extractor (backbone 'tf_efficientnet_lite0')."
             ) from error

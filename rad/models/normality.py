@@ -212,7 +212,7 @@ class NormalityModel(ModelMixin, ConfigMixin):
         """How often a good image scores as high, [B] in (0, 1].
 
         The rank among held-out good images, (1 + #{good >= score}) / (1 + n); beyond their upper tenth an exponential
-        tail fitted to it, because ranks can not tell rates below 1 / (n + 1) apart.
+        tail fitted to it, because ranks cannot tell rates below 1 / (n + 1) apart.
         """
         return _p_value(scores, self._good_scores(score_type))
 

@@ -158,7 +158,7 @@ def build() -> None:
     category = functools.partial(gr.Textbox, "", label="category")
     rate = functools.partial(gr.Number, DEFAULT_RATE, label="false_alarm_rate")
     name = functools.partial(gr.Textbox, "my product", label="name")
-    # One zip, not many files: Gradio's MCP server can not take a list of them
+    # One zip, not many files: Gradio's MCP server cannot take a list of them
     archive, pipeline = (functools.partial(gr.File, label=label) for label in ("archive", "pipeline"))
     files = functools.partial(gr.Files, label="files")
     result = functools.partial(gr.JSON, label="result")

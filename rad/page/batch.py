@@ -125,7 +125,7 @@ def fetch(path: Path, member: zipfile.ZipInfo | None, folder: Path) -> Path:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             content = file.read(MAX_BYTES + 1)  # not what its heading claims
     except Exception as error:  # zipfile and each compression have errors of their own
-        raise ValueError(f"It can not be taken from the archive ({error}).") from error
+        raise ValueError(f"It cannot be taken from the archive ({error}).") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"It has more than {MAX_BYTES / 1e6:.0f} MB.")
     target = folder / "picture"
@@ -179,7 +179,7 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
 
 
 def table(batch: Batch, rate: float) -> pd.DataFrame:
-    """The rows as people read them, in the order of the files; no p-value that good pictures can not tell."""
+    """The rows as people read them, in the order of the files; no p-value that good pictures cannot tell."""
     least = models.normality(batch.model).p_value_resolution
     rows = [
         [

@@ -61,7 +61,7 @@ def load(model: str) -> Loaded:
 
     Raises:
         ValueError: It is neither.
-        OSError: It can not be had or read; one sentence says why.
+        OSError: It cannot be had or read; one sentence says why.
     """
     with _lock:
         loading = _loading.setdefault(model, threading.Lock())
@@ -141,7 +141,7 @@ def _read_card(path: Path | None) -> tuple[str, list[tuple[str, str, float]]]:
     try:
         card = ModelCard(path.read_text(encoding="utf-8")[:MAX_CARD], ignore_metadata_errors=True)
     except ValueError as error:
-        return f"The model's card can not be read ({error}).", []
+        return f"The model's card cannot be read ({error}).", []
     results = card.data.eval_results or []
     return card.text, [(r.dataset_name, r.metric_name or r.metric_type, r.metric_value) for r in results]
 

@@ -56,7 +56,7 @@ def read(paths: list[str], resolution: int) -> list[Image.Image]:
     """All pictures in files and archives, at the model's resolution.
 
     Raises:
-        ValueError: One can not be read, or there are too few or too many.
+        ValueError: One cannot be read, or there are too few or too many.
     """
     files, pictures = list_files(paths), []
     if len(files) > MAX_PICTURES:

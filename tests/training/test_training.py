@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import new_pipeline, texture
@@ -28,9 +29,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rad import RADPipeline, RADUNet2DModel
 from rad.data.synthetic import write_synthetic
-from training import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--resolution", "64", "--crop_size", "32", "--train_batch_size", "8", "--lr_scheduler"]
 SMALL += [
     "constant_with_warmup",
@@ -466,7 +466,7 @@ def test_mixed_sizes_are_trained_on_and_unreadable_images_are_skipped_only_when_
     folder = shutil.copytree(photos, tmp_path / "some")
     Image.open(folder / "000.png").resize((80, 50)).save(folder / "000.png")
     (folder / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 of 11 images can't be read: .*broken.png"):
+    with pytest.raises(ValueError, match=r"1 of 11 images cannot be read: .*broken.png"):
         train_on(folder, tmp_path / "model", "--max_train_steps", "1")
     assert not (tmp_path / "model" / "model_index.json").exists()
     train_on(folder, tmp_path / "model", "--max_train_steps", "1", "--skip_unreadable")

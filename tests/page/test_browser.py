@@ -19,7 +19,7 @@ from rad import RADPipeline
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
-SCREENSHOTS = Path(__file__).parent.parent / "outputs" / "screenshots"
+SCREENSHOTS = Path(__file__).parent.parent.parent / "outputs" / "screenshots"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 LAYOUT_SHIFTS = """
 window.shift = 0;

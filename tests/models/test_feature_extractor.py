@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from efficientnet_lite0 import load_efficientnet_lite0
 from PIL import Image
 from skimage import data
 
 from rad import RADFeatureExtractor
 from rad.pipeline_rad import EMBEDDED_DIR
-from training.efficientnet_lite0 import load_efficientnet_lite0
 
 EMBEDDED = EMBEDDED_DIR / "tf_efficientnet_lite0"
 
@@ -86,7 +86,7 @@ def test_from_timm_without_a_network_is_one_clear_sentence(monkeypatch, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # not to wait for it
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        OSError, match="'tf_efficientnet_lite0' are not in the cache and can not be downloaded"
+        OSError, match="'tf_efficientnet_lite0' are not in the cache and cannot be downloaded"
     ) as error:
         RADFeatureExtractor.from_timm("tf_efficientnet_lite0")
     assert "start from an embedded pipeline's extractor" in str(error.value)

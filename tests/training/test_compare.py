@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import compare
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,6 @@ from sklearn.neighbors import NearestNeighbors
 from rad import RADPipeline
 from rad.data.batches import from_uint8, to_uint8
 from rad.data.synthetic import write_synthetic
-from training import compare
 
 NEEDS_ANOMALIB = "anomalib is not installed: pip install -r requirements-bench.txt"
 

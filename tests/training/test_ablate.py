@@ -1,26 +1,22 @@
 """Ablations from end to end on a tiny data set, against what the pipeline itself gives."""
 
 import json
-import sys
 from pathlib import Path
 
+import ablate
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import new_pipeline
 from PIL import Image
+from train import split_holdout
 
 from rad import RADPipeline
 from rad.data import AnomalyDataset, load_dataset
 from rad.data.synthetic import write_synthetic
 from rad.evaluation import measure_categories, pasted_defects, score_images, test_images
 from rad.models.normality import stack_raw_maps
-
-sys.path.append(str(Path(__file__).parent.parent / "training"))  # it imports its neighbour, as a script does
-
-import ablate
-from train import split_holdout
 
 CATEGORIES = ("brick", "capsule")
 SIZE = 64

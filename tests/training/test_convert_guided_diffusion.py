@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import dataclass
 
+import convert_guided_diffusion
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from rad import RADUNet2DModel
 from rad.models import guided_diffusion
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.unet_rad import NAMED_CONFIGS
-from training import convert_guided_diffusion
 
 HEAD = 16  # channels of an attention head; OpenAI: 64
 

@@ -513,7 +513,7 @@ def test_an_unknown_format_or_split_is_refused(tmp_path):
 
 def test_a_damaged_mask_is_named(mvtec):
     (mvtec / "bottle" / "ground_truth" / "crack" / "000_mask.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
-    with pytest.raises(ValueError, match=r"A mask of .*crack.000\.png can not be read"):
+    with pytest.raises(ValueError, match=r"A mask of .*crack.000\.png cannot be read"):
         load_dataset(mvtec, split="test").mask(0)
 
 

@@ -460,7 +460,7 @@ def test_archives_are_not_trusted(tmp_path, monkeypatch, page_model, part):
     damaged[40:60] = bytes(20)
     (tmp_path / "bomb.zip").write_bytes(damaged)
     *_, done = batch.score_all(paths[:1], page_model, models.AUTO, "visitor")
-    assert "can not be taken from the archive" in done.rows[0].error
+    assert "cannot be taken from the archive" in done.rows[0].error
     directory = b"PK\x01\x02"  # starts each of its entries
     (tmp_path / "cut.zip").write_bytes(Path(paths[1]).read_bytes().replace(directory, bytes(4)))
     *_, done = batch.score_all([str(tmp_path / "cut.zip"), part], page_model, models.AUTO, "visitor")
