@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 from rad import RADPipeline
-from rad.pipeline_rad import EMBEDDED_MODELS
+from rad.image_processor import decode, overlay
+from rad.models.false_alarms import p_value_text
+from rad.pipeline_loading import EMBEDDED_MODELS
 
 
 def main() -> None:
@@ -23,19 +25,16 @@ def main() -> None:
     output = pipeline(args.image, class_labels=args.category, false_alarm_rate=args.false_alarm_rate)
     seconds = time.monotonic() - start
 
-    image = pipeline.image_processor.decode(args.image)
-    heat = output.anomaly_map[0]
-    top = max(float(heat.max()), 2 * output.pixel_threshold)
+    image = decode(args.image)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.image_processor.overlay(image, heat, vmin=output.pixel_threshold / 2, vmax=top).save(path)
+    overlay(image, output.anomaly_map[0], *pipeline.normality.heat_range()).save(path)
     low, high = output.false_alarm_interval
     verdict = "DEFECT" if output.is_anomalous[0] else "good"
-    p_value, least = output.p_value[0], pipeline.normality.p_value_resolution
-    odds = f"{p_value:.2%}" if p_value >= least else f"less than {least:.2%}"
+    odds = p_value_text(float(output.p_value[0]), pipeline.normality.p_value_resolution)
     print(
         f"{args.image}: {verdict} ({output.category[0]}, {len(output.regions[0])} regions). Good parts look as odd as "
-        f"this in {odds} of cases; the alarm is set to {args.false_alarm_rate:.2%} (on "
+        f"this in a share {odds} of cases; the alarm is set to {args.false_alarm_rate:.2%} (on "
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )

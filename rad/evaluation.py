@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from . import __version__
 from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
-from .image_processor import RADImageProcessor
+from .image_processor import decode, to_pil
 from .metrics import image_auroc, image_metrics, pixel_curves, pixel_metrics
-from .models.normality import GLOBAL
+from .models.evidence import GLOBAL
 from .pipeline_rad import RADPipeline, RADPipelineOutput
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -73,7 +73,7 @@ def pasted_defects(dataset: AnomalyDataset, count: int, size: tuple[int, int], s
     """Like `test_images`, from `count` good images, each once as it is and once with a synthetic defect pasted on."""
     images = []
     for position, i in enumerate(evenly(len(dataset), count)):
-        good, rng = RADImageProcessor().decode(dataset[i].image), np.random.default_rng([seed, i])
+        good, rng = decode(dataset[i].image), np.random.default_rng([seed, i])
         kind = DEFECTS[position % len(DEFECTS)]
         bad, mask = add_defect(np.asarray(good), kind, rng.uniform(0.1, 1.0), rng)
         mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
@@ -124,8 +124,7 @@ def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
     """The maps of each score type as float32 [B, size, size]; the pipeline's are at each image's own size."""
     maps = {}
     for name in (name for name in output.scores if name != GLOBAL):
-        own_size = output.anomaly_map if name == "fused" else output[f"{name}_map"]
-        maps[name] = np.stack([resize_map(m, size) for m in own_size])
+        maps[name] = np.stack([resize_map(m, size) for m in output.maps[name]])
     return maps
 
 
@@ -282,7 +281,7 @@ def score_dataset(
         paths = []
         for image, mask in zip(images, masks, strict=True):
             key = common.copy()
-            content = image.read_bytes() if isinstance(image, Path) else RADImageProcessor().decode(image).tobytes()
+            content = image.read_bytes() if isinstance(image, Path) else decode(image).tobytes()
             for part in (content, b"" if mask is None else mask.tobytes(), str(given).encode()):
                 key.update(hashlib.sha256(part).digest())
             paths.append(folder / f"{key.hexdigest()[:32]}.safetensors")
@@ -292,7 +291,7 @@ def score_dataset(
 
         start = time.perf_counter()
         if at_resolution:
-            images = pipeline.image_processor.to_pil(pipeline.image_processor.preprocess(images)[0])
+            images = to_pil(pipeline.image_processor.preprocess(images)[0])
         output = pipeline(images, class_labels=given, batch_size=batch_size, **kwargs)
         seconds = (time.perf_counter() - start) / len(batch)
         maps, p_values = resize_maps(output, map_size), {}

@@ -1,4 +1,4 @@
-"""Images in, tensors and maps out. Needs torch, NumPy and Pillow only, to be shipped alone beside weights."""
+"""Untrusted images in; maps and pictures out. Needs torch, NumPy, Pillow and, for colours, matplotlib only."""
 
 import os
 from pathlib import Path
@@ -18,127 +18,124 @@ MAX_SIDE = 10_000
 
 
 class RADImageProcessor:
-    """Decodes untrusted images, resizes them to a square, and takes maps and pictures back to the original size.
+    """Takes images of any size to the model's square input.
 
     Args:
-        resolution: side in pixels of the model's square input. The aspect ratio is not kept: `resize_map` undoes it.
+        resolution: Side of that square in pixels. The aspect ratio is not kept: `resize_map` undoes it.
     """
 
     def __init__(self, resolution: int = 256):
         self.resolution = resolution
 
-    def decode(self, image: ImageInput) -> Image.Image:
-        """One image as upright 8-bit RGB, each side 1 to 10,000 pixels.
-
-        Args:
-            image: one of
-                - a PIL image, or the path of a PNG, JPEG, BMP, TIFF, WEBP, GIF or PPM file. EXIF rotation is applied,
-                  transparency is composited over white, colour profiles are ignored. 16-bit grey (modes I;16 and I) is
-                  scaled by the full range 0..65535, whatever range the pixels use; 16-bit colour as Pillow reads it,
-                  by its upper 8 bits. Mode F must lie in [0, 1]. Animations and multi-page files are refused; of an
-                  MPO (a JPEG with further pictures, from a phone) the main picture is taken.
-                - an array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`, or a tensor `[1, H, W]` or `[3, H, W]`,
-                  of bool, uint8, uint16 (0..65535) or floats in [0, 1].
-
-        Raises:
-            FileNotFoundError: the path is not an existing file.
-            ValueError: anything else that cannot be decoded in full, in one sentence.
-        """
-        if isinstance(image, str | Path):
-            return _from_path(image)
-        if isinstance(image, Image.Image):
-            return _from_pil(image, "The PIL image")
-        if isinstance(image, np.ndarray):
-            return _from_array(image, "The array")
-        if isinstance(image, torch.Tensor):
-            if image.ndim != 3 or image.shape[0] not in (1, 3):
-                raise ValueError(f"The tensor has the shape {list(image.shape)}, but must be [1, H, W] or [3, H, W].")
-            image = image.detach().cpu().permute(1, 2, 0)
-            # NumPy knows no bfloat16.
-            return _from_array((image.float() if image.is_floating_point() else image).numpy(), "The tensor")
-        raise ValueError(
-            f"{type(image).__name__} is not an image: give a PIL image, a file path, a NumPy array or a tensor."
-        )
-
     def preprocess(self, images: PipelineImageInput) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Images as the model's input. Each is resized by itself (bicubic, antialiased), whatever its neighbours.
 
         Returns:
-            `[B, 3, resolution, resolution]` float32 in [-1, 1], and each upright image's original (height, width).
+            Images [B, 3, resolution, resolution], float32 in [-1, 1], and each upright image's own (height, width).
 
         Raises:
-            ValueError, FileNotFoundError: an empty list, or what `decode` refuses.
+            ValueError, FileNotFoundError: An empty list, or what `decode` refuses.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         if not images:
             raise ValueError("The list of images is empty: give at least one image.")
         tensors, sizes = [], []
         for image in images:
-            image = self.decode(image)
+            image = decode(image)
             sizes.append((image.height, image.width))
             pixels = np.asarray(image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))
             tensors.append(torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
         return torch.stack(tensors), sizes
 
-    def resize_map(self, maps: torch.Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Maps `[B, h, w]` to each image's own (height, width): float32 `[H, W]`, bilinear, each by itself."""
-        if maps.ndim != 3 or len(maps) != len(sizes):
-            raise ValueError(f"The maps must be [B, h, w] with B sizes, not {list(maps.shape)} with {len(sizes)}.")
-        return [
-            F.interpolate(m[None, None].float(), size=size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
-            for m, size in zip(maps.detach(), sizes, strict=True)
-        ]
 
-    def to_pil(self, x: torch.Tensor, sizes: list[tuple[int, int]] | None = None) -> list[Image.Image]:
-        """Tensors `[B, 3, S, S]`, clamped to [-1, 1], as RGB images, resized (bicubic) to (height, width) if given."""
-        if x.ndim != 4 or x.shape[1] != 3 or (sizes is not None and len(x) != len(sizes)):
-            raise ValueError(
-                f"The tensor must be [B, 3, S, S], with B sizes if any, not {list(x.shape)} with {sizes}."
-            )
-        pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        images = [Image.fromarray(p) for p in pixels]
-        if sizes is None:
-            return images
-        return [
-            image.resize((width, height), Image.Resampling.BICUBIC)
-            for image, (height, width) in zip(images, sizes, strict=True)
-        ]
+def decode(image: ImageInput) -> Image.Image:
+    """One image as upright 8-bit RGB, each side 1 to 10,000 pixels.
 
-    @staticmethod
-    def overlay(image: Image.Image, map: np.ndarray, vmin: float, vmax: float, opacity: float = 0.55) -> Image.Image:
-        """Heat over an image, in the colours of inferno: perceptually uniform, and readable by colour-blind people.
+    Args:
+        image: One of
+            - a PIL image, or the path of a PNG, JPEG, BMP, TIFF, WEBP, GIF or PPM file. EXIF rotation is applied,
+              transparency is composited over white, colour profiles are ignored. 16-bit grey (modes I;16 and I) is
+              scaled by the full range 0..65535, whatever range the pixels use; 16-bit colour as Pillow reads it,
+              by its upper 8 bits. Mode F must lie in [0, 1]. Animations and multi-page files are refused; of an
+              MPO (a JPEG with further pictures, from a phone) the main picture is taken.
+            - an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a tensor [1, H, W] or [3, H, W],
+              of bool, uint8, uint16 (0..65535) or floats in [0, 1].
 
-        Opacity rises from 0 at `vmin` and below to `opacity` at `vmax` and above: normal parts stay as they are.
+    Raises:
+        FileNotFoundError: The path is not an existing file.
+        ValueError: Anything else that cannot be decoded in full, in one sentence.
+    """
+    if isinstance(image, str | Path):
+        return _from_path(image)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, "The PIL image")
+    if isinstance(image, np.ndarray):
+        return _from_array(image, "The array")
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"The tensor has the shape {list(image.shape)}, but must be [1, H, W] or [3, H, W].")
+        image = image.detach().cpu().permute(1, 2, 0)
+        # NumPy knows no bfloat16.
+        return _from_array((image.float() if image.is_floating_point() else image).numpy(), "The tensor")
+    raise ValueError(
+        f"{type(image).__name__} is not an image: give a PIL image, a file path, a NumPy array or a tensor."
+    )
 
-        Raises:
-            ValueError: `map` is not a finite `[H, W]` of the image's size, or not vmin < vmax, both finite.
-        """
-        if map.shape != (image.height, image.width):
-            raise ValueError(
-                f"The map must be finite and {(image.height, image.width)} as the image, not {map.shape}."
-            )
-        pixels = np.array(image.convert("RGB"))
-        for rows in (
-            slice(top, top + 256) for top in range(0, len(pixels), 256)
-        ):  # large pictures take no more memory
-            heat = _heat(map[rows], vmin, vmax)
-            alpha = opacity * heat[..., 3:]
-            pixels[rows] = ((1 - alpha) * pixels[rows].astype(np.float32) + alpha * 255 * heat[..., :3]).round()
-        return Image.fromarray(pixels)
 
-    @staticmethod
-    def heat(map: np.ndarray, vmin: float, vmax: float) -> Image.Image:
-        """The heat that `overlay` lays over an image as a layer of its own: RGBA, transparent at `vmin` and below,
-        opaque at `vmax` and above.
+def resize_map(maps: torch.Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Maps [B, h, w] to each image's own (height, width): float32 [H, W], bilinear, each by itself."""
+    if maps.ndim != 3 or len(maps) != len(sizes):
+        raise ValueError(f"The maps must be [B, h, w] with B sizes, not {list(maps.shape)} with {len(sizes)}.")
+    return [
+        F.interpolate(m[None, None].float(), size=size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+        for m, size in zip(maps.detach(), sizes, strict=True)
+    ]
 
-        Raises:
-            ValueError: `map` is not a finite `[H, W]`, or not vmin < vmax, both finite.
-        """
-        return Image.fromarray((255 * _heat(map, vmin, vmax)).round().astype(np.uint8))
+
+def to_pil(x: torch.Tensor, sizes: list[tuple[int, int]] | None = None) -> list[Image.Image]:
+    """Tensors [B, 3, S, S], clamped to [-1, 1], as RGB images, resized (bicubic) to (height, width) if given."""
+    if x.ndim != 4 or x.shape[1] != 3 or (sizes is not None and len(x) != len(sizes)):
+        raise ValueError(f"The tensor must be [B, 3, S, S], with B sizes if any, not {list(x.shape)} with {sizes}.")
+    pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    images = [Image.fromarray(p) for p in pixels]
+    if sizes is None:
+        return images
+    return [
+        image.resize((width, height), Image.Resampling.BICUBIC)
+        for image, (height, width) in zip(images, sizes, strict=True)
+    ]
+
+
+def overlay(image: Image.Image, map: np.ndarray, vmin: float, vmax: float, opacity: float = 0.55) -> Image.Image:
+    """Heat over an image, in the colours of inferno: perceptually uniform, and readable by colour-blind people.
+
+    Opacity rises from 0 at `vmin` and below to `opacity` at `vmax` and above: normal parts stay as they are.
+
+    Raises:
+        ValueError: `map` is not a finite [H, W] of the image's size, or not vmin < vmax, both finite.
+    """
+    if map.shape != (image.height, image.width):
+        raise ValueError(f"The map must be finite and {(image.height, image.width)} as the image, not {map.shape}.")
+    pixels = np.array(image.convert("RGB"))
+    for rows in (slice(top, top + 256) for top in range(0, len(pixels), 256)):  # large pictures take no more memory
+        layer = _heat(map[rows], vmin, vmax)
+        alpha = opacity * layer[..., 3:]
+        pixels[rows] = ((1 - alpha) * pixels[rows].astype(np.float32) + alpha * 255 * layer[..., :3]).round()
+    return Image.fromarray(pixels)
+
+
+def heat(map: np.ndarray, vmin: float, vmax: float) -> Image.Image:
+    """The heat that `overlay` lays over an image as a layer of its own: RGBA, transparent at `vmin` and below,
+    opaque at `vmax` and above.
+
+    Raises:
+        ValueError: `map` is not a finite [H, W], or not vmin < vmax, both finite.
+    """
+    return Image.fromarray((255 * _heat(map, vmin, vmax)).round().astype(np.uint8))
 
 
 def _heat(map: np.ndarray, vmin: float, vmax: float) -> np.ndarray:
-    """Colours of inferno and an opacity that rises with them, `[H, W, 4]` in [0, 1]."""
+    """Colours of inferno and an opacity that rises with them, [H, W, 4] in [0, 1]."""
     from matplotlib import colormaps
 
     if map.ndim != 2 or not np.isfinite(map).all():

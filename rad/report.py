@@ -15,8 +15,8 @@ from PIL import Image
 
 from .data import AnomalyDataset
 from .evaluation import Record, evenly
-from .image_processor import RADImageProcessor
-from .models.normality import GLOBAL
+from .image_processor import decode
+from .models.evidence import GLOBAL
 from .visualization import (
     TITLES,
     curve_figures,
@@ -297,7 +297,7 @@ def draw_category(
             verdict = ("false alarm", "found")[record.label] if alarm else ("passed", "missed")[record.label]
             verdict = f"{verdict}, p = {record.p_values['fused']:.2g}, "
         drawn = verdict_picture(
-            RADImageProcessor().decode(dataset[record.index].image),
+            decode(dataset[record.index].image),
             record.map("fused"),
             record.mask(),
             thresholds and thresholds["fused"]["pixel"][rate],
@@ -335,7 +335,7 @@ def draw_figures(
     in_paper_mode = {record.index: record for record in paper_records}
     figures = {}
     if shown:
-        pictures = [RADImageProcessor().decode(dataset[record.index].image) for record in shown]
+        pictures = [decode(dataset[record.index].image) for record in shown]
         names = sorted(set(shown[0].scores) - {GLOBAL}, key=lambda name: (name == "fused", name != "rgb", name))
         columns = {"truth": [record.mask() for record in shown]}
         columns |= {name: [record.map(name) for record in shown] for name in names}

@@ -113,6 +113,16 @@ class RADScheduler(DDPMScheduler):
         """Steps of the full chain that respaced steps stand for: [5, 50, 100] -> [20, 201, 401]."""
         return [int(self.respaced_chain.timesteps[i]) for i in indices]
 
+    def steps_of_250(self, indices: list[int]) -> list[int]:
+        """Steps of the full chain that stand where those of RAN's 250 respaced ones do, on a chain of any length."""
+        count = len(self.respaced_chain.timesteps)
+        return list(dict.fromkeys(self.respaced_to_full([min(round(i * count / 250), count - 1) for i in indices])))
+
+    @property
+    def default_timesteps(self) -> list[int]:
+        """Where RAN scores: 5, 50 and 100 of 250, which are 20, 201 and 401 of 1000."""
+        return self.steps_of_250([5, 50, 100])
+
     def _chain(self, timesteps: torch.Tensor, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:
         """The chain and the positions of `timesteps` in it."""
         timesteps = np.atleast_1d(timesteps.cpu().numpy())
@@ -238,6 +248,17 @@ class RADScheduler(DDPMScheduler):
         trains only v (Nichol and Dhariwal, 2021)."""
         bits, _ = self.kl_score(x_0, x_t, noise.detach(), variance, timesteps, respaced=False, clip=False)
         return bits.flatten(1).mean(1)
+
+
+def antithetic_noise(seed: int, timestep: int, draws: int, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise [draws, C, H, W] for images `like` [B, C, H, W], on their device and in their type.
+
+    It follows from the seed and the timestep alone; each second draw mirrors the one before it, which cancels errors
+    of odd order.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
+    noise = torch.randn((draws + 1) // 2, *like.shape[1:], generator=generator)
+    return torch.stack([noise, -noise], dim=1).flatten(0, 1)[:draws].to(like)
 
 
 def gaussian_kl(

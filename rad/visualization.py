@@ -16,8 +16,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .image_processor import ImageInput, RADImageProcessor
-from .pipeline_rad import AnomalyRegion, RADPipeline
+from .image_processor import ImageInput, decode, overlay
+from .pipeline_output import AnomalyRegion
+from .pipeline_rad import RADPipeline
 
 OUTLINE = (0, 229, 255)  # cyan, which the heat's colours and most surfaces lack; a dark rim sets it off from the rest
 RIM = (0, 0, 0)
@@ -72,7 +73,7 @@ def results_figure(
         restore: Without it there is no third column.
         false_alarm_rate: Of the regions and the verdict.
     """
-    images = [pipeline.image_processor.decode(image) for image in images]
+    images = [decode(image) for image in images]
     output = pipeline(images, class_labels=class_labels, false_alarm_rate=false_alarm_rate)
     threshold = output.pixel_threshold
     columns = ["input", "anomaly map"] + ["restored"] * restore
@@ -80,7 +81,7 @@ def results_figure(
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(images)), dpi=100, layout="constrained")
     for i, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):
         top = max(2 * threshold, float(output.anomaly_map[i].max()))
-        heat = pipeline.image_processor.overlay(images[i], output.anomaly_map[i], threshold / 2, top)
+        heat = overlay(images[i], output.anomaly_map[i], threshold / 2, top)
         heat = draw_regions(heat, output.mask[i], output.regions[i])
         for axis, picture, title in zip(axes, (images[i], heat, restored[i]), columns, strict=False):
             axis.imshow(picture)
@@ -268,7 +269,7 @@ def verdict_picture(
     values = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     truth = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
     low = threshold / 2 if threshold is not None and threshold > 0 else float(np.median(values))
-    heat = RADImageProcessor.overlay(image, values, low, max(4 * low, float(values.max()), low + 1e-3))
+    heat = overlay(image, values, low, max(4 * low, float(values.max()), low + 1e-3))
     heat = outline(heat, truth, TRUTH, dashed=True)
     if threshold is not None and alarm:
         heat = outline(heat, values > threshold, OUTLINE)

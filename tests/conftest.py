@@ -24,7 +24,7 @@ from skimage import data
 import app
 from rad import RADFeatureExtractor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.page import models
-from rad.pipeline_rad import EMBEDDED_DIR
+from rad.pipeline_loading import EMBEDDED_DIR
 
 RESOLUTION = 64
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rad import RADPipeline
-from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS
+from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 EXAMPLES = sorted((EMBEDDED_DIR / "examples").glob("*.png"))
 MEGABYTE = 2**20

@@ -16,7 +16,7 @@ processor = RADImageProcessor(resolution=32)
 
 
 def decode(image) -> np.ndarray:
-    image = processor.decode(image)
+    image = decode(image)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -59,7 +59,7 @@ def test_jpeg(tmp_path):
 
 def test_the_callers_image_is_left_alone():
     image = Image.fromarray(noise(4, 4, 3))
-    processor.decode(image).putpixel((0, 0), (1, 2, 3))
+    decode(image).putpixel((0, 0), (1, 2, 3))
     assert np.array_equal(np.asarray(image), noise(4, 4, 3))
 
 
@@ -313,7 +313,7 @@ def test_refuses_more_than_one_frame(tmp_path, suffix):
     refuse(path, f"part.{suffix} has more than one frame: give a single frame")
     with Image.open(path) as image:
         refuse(image, "The PIL image has more than one frame")
-        assert processor.decode(image.copy()).size == (8, 8)
+        assert decode(image.copy()).size == (8, 8)
 
 
 def test_refuses_a_missing_path(tmp_path):
@@ -410,41 +410,39 @@ def test_a_tensor_does_not_depend_on_its_neighbours():
 
 
 def test_resize_map_is_bilinear_between_pixel_centres():
-    (resized,) = processor.resize_map(torch.tensor([[[0.0, 1.0]]]), [(3, 4)])
+    (resized,) = resize_map(torch.tensor([[[0.0, 1.0]]]), [(3, 4)])
     assert resized.dtype == np.float32
     assert np.allclose(resized, [[0, 0.25, 0.75, 1]] * 3)
 
 
 def test_resize_map_gives_each_its_size_and_does_not_depend_on_the_batch():
     maps, sizes = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)), [(20, 30), (64, 10), (32, 32)]
-    resized = processor.resize_map(maps, sizes)
+    resized = resize_map(maps, sizes)
     for m, size, r in zip(maps, sizes, resized, strict=True):
         assert r.shape == size
-        assert np.array_equal(r, processor.resize_map(m[None], [size])[0])
+        assert np.array_equal(r, resize_map(m[None], [size])[0])
     assert np.array_equal(resized[2], maps[2].numpy())
 
 
 def test_to_pil_undoes_preprocess():
     pixels = noise(32, 32, 3)
-    (image,) = processor.to_pil(processor.preprocess(pixels)[0])
+    (image,) = to_pil(processor.preprocess(pixels)[0])
     assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_to_pil_clamps_and_resizes():
-    images = processor.to_pil(
-        torch.stack([torch.full((3, 8, 8), -2.0), torch.full((3, 8, 8), 2.0)]), [(5, 9), (20, 3)]
-    )
+    images = to_pil(torch.stack([torch.full((3, 8, 8), -2.0), torch.full((3, 8, 8), 2.0)]), [(5, 9), (20, 3)])
     assert [image.size for image in images] == [(9, 5), (3, 20)]
     assert np.asarray(images[0]).max() == 0 and np.asarray(images[1]).min() == 255
 
 
 def test_the_way_back_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="with B sizes"):
-        processor.resize_map(torch.zeros(2, 4, 4), [(4, 4)])
+        resize_map(torch.zeros(2, 4, 4), [(4, 4)])
     with pytest.raises(ValueError, match="with B sizes"):
-        processor.to_pil(torch.zeros(1, 3, 4, 4), [(4, 4), (4, 4)])
+        to_pil(torch.zeros(1, 3, 4, 4), [(4, 4), (4, 4)])
     with pytest.raises(ValueError, match=r"must be \[B, 3, S, S\]"):
-        processor.to_pil(torch.zeros(3, 4, 4))
+        to_pil(torch.zeros(3, 4, 4))
 
 
 # Overlays
@@ -452,7 +450,7 @@ def test_the_way_back_refuses_shapes_that_do_not_fit():
 
 def test_overlay_is_transparent_below_vmin_and_inferno_at_vmax():
     image = Image.new("RGB", (4, 1), (10, 100, 200))
-    out = np.asarray(processor.overlay(image, np.array([[-5.0, 1.0, 3.0, 9.0]]), vmin=1, vmax=3, opacity=0.5))
+    out = np.asarray(overlay(image, np.array([[-5.0, 1.0, 3.0, 9.0]]), vmin=1, vmax=3, opacity=0.5))
     top = (np.array([10, 100, 200]) + 255 * np.array(colormaps["inferno"](1.0)[:3])) / 2
     assert out[0, :2].tolist() == [[10, 100, 200]] * 2
     assert np.abs(out[0, 2:] - top).max() <= 0.5 + 1e-3
@@ -461,10 +459,10 @@ def test_overlay_is_transparent_below_vmin_and_inferno_at_vmax():
 def test_the_layer_of_heat_over_an_image_is_the_overlay():
     image = Image.new("RGB", (5, 1), (10, 100, 200))
     values = np.array([[-5.0, 1.0, 1.5, 2.5, 9.0]])
-    layer = processor.heat(values, vmin=1, vmax=3)
+    layer = heat(values, vmin=1, vmax=3)
     assert layer.mode == "RGBA" and np.asarray(layer)[0, [0, 1, 4], 3].tolist() == [0, 0, 255]
     over = Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
-    expected = np.asarray(processor.overlay(image, values, 1, 3, opacity=1.0), int)
+    expected = np.asarray(overlay(image, values, 1, 3, opacity=1.0), int)
     assert np.abs(np.asarray(over, int) - expected).max() <= 2  # of 255: the layer has 8 bits
 
 
@@ -479,4 +477,4 @@ def test_the_layer_of_heat_over_an_image_is_the_overlay():
 )
 def test_overlay_refuses(heat, vmin, vmax, message):
     with pytest.raises(ValueError, match=message):
-        processor.overlay(Image.new("RGB", (4, 2)), heat, vmin, vmax)
+        overlay(Image.new("RGB", (4, 2)), heat, vmin, vmax)

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 from rad import RADPipeline
-from rad.pipeline_rad import find_regions
+from rad.pipeline_output import find_regions
 
 TIMESTEPS = [20, 201, 401]
 
@@ -50,7 +50,7 @@ def test_maps_of_another_size_are_the_same_maps(pipeline, good_images):
     own, output = pipeline(wide, map_size=(size, size)), pipeline(wide)
     assert own.anomaly_map.shape == own.mask.shape == (1, size, size)
     for name in ("anomaly_map", "pixel_map", "rgb_map"):
-        resized = pipeline.image_processor.resize_map(torch.from_numpy(own[name]), [(50, 90)])[0]
+        resized = resize_map(torch.from_numpy(own[name]), [(50, 90)])[0]
         assert np.array_equal(resized, output[name][0])
     assert own.score == output.score
 
@@ -133,7 +133,7 @@ def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipel
     z = torch.nn.functional.interpolate(distance, (16, 16), mode="bilinear")[:, 0] - normality.location[0, -2]
     z = z / normality.scale[0, -2] / normality.map_scale[0, 3]
     output = pipeline(good_images[:2], num_noise_samples=2)
-    np.testing.assert_allclose(output.residual_map, np.stack(processor.resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(output.residual_map, np.stack(resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
 
 
 def test_the_denoising_step_made_visible_is_that_of_the_score(two_category_pipeline, two_category_images):
@@ -153,7 +153,7 @@ def test_the_denoising_step_made_visible_is_that_of_the_score(two_category_pipel
     for ours, expected in ((steps.pixel_map, kl), (steps.feature_map, error), (steps.rgb_map, rgb)):
         np.testing.assert_allclose(ours, expected[0].numpy(), rtol=1e-3, atol=1e-4)
     for ours, expected in ((steps.x_t, x_t), (steps.x0_hat, x0_hat)):
-        expected = np.asarray(pipeline.image_processor.to_pil(expected)[0], int)
+        expected = np.asarray(to_pil(expected)[0], int)
         assert np.abs(np.asarray(ours[1], int) - expected).max() <= 1
     betas = np.linspace(1e-4, 0.02, 1000)
     np.testing.assert_allclose(steps.noise_levels, np.sqrt(1 - np.cumprod(1 - betas)[TIMESTEPS]), rtol=1e-9)

@@ -1,5 +1,6 @@
 """The denoiser: diffusers' U-Net on pixel patches, with a second head that predicts frozen features of x_0."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,15 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
     def stride(self) -> int:
         """Side of the image must be a multiple of this many pixels."""
         return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    def labels_of(self, categories: Sequence[str | None]) -> torch.Tensor | None:
+        """Class labels [B] of categories by name: one that it was not trained on gets the "unknown category"
+        embedding. None for a network without categories."""
+        trained = list(self.config.categories)
+        if not trained:
+            return None
+        labels = [trained.index(name) if name in trained else len(trained) for name in categories]
+        return torch.tensor(labels, device=self.device)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None

@@ -16,11 +16,13 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
-from rad import RADImageProcessor
+from rad.image_processor import overlay
+from rad.models.evidence import FUSED
+from rad.models.false_alarms import check_rate
 from rad.visualization import encode_map
 
 from . import models, visitors
-from .inspection import Inspection, alarm_mask, among_good, check_rate, heat_range, score
+from .inspection import Inspection, among_good, decide, score
 from .look import RATES, empty
 from .settings import Settings
 from .words import handler, percent
@@ -167,14 +169,15 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
     """The numbers of a picture; its map and a thumbnail with heat go to files."""
     view = inspection.view.copy()
     view.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    heat = RADImageProcessor.overlay(view, inspection.map(view.size), *heat_range(inspection))
+    heat = overlay(view, inspection.map(view.size), *models.normality(inspection.model).heat_range())
     heat.save(stem.with_suffix(".webp"), quality=80)
     scale = min(1.0, MAP_SIDE / max(inspection.size))
     size = tuple(max(1, round(scale * side)) for side in inspection.size)
-    anomaly_map = inspection.map(size)
-    encode_map(anomaly_map).save(stem.with_suffix(".png"))
-    shares = {rate: float(alarm_mask(inspection, anomaly_map, rate).mean()) for rate in rates}
-    numbers = inspection.scores["fused"], inspection.p_value, inspection.category, shares
+    encode_map(inspection.map(size)).save(stem.with_suffix(".png"))
+    decisions = {rate: decide(inspection, rate, size)[1] for rate in rates}
+    shares = {rate: float(decision.mask[0].mean()) for rate, decision in decisions.items()}
+    p_value = float(next(iter(decisions.values())).p_value[0])  # the same at any rate
+    numbers = float(inspection.scores[FUSED][0]), p_value, inspection.category, shares
     return Row(name, "", *numbers, stem.with_suffix(".webp"), stem.with_suffix(".png"))
 
 

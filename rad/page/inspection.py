@@ -5,14 +5,17 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
 import torch
 from PIL import Image
 
-from rad import AnomalyRegion, RADImageProcessor
-from rad.pipeline_rad import EMBEDDED_DIR, find_regions
+from rad import Decision
+from rad.image_processor import decode, heat, overlay, resize_map
+from rad.models.evidence import FUSED
+from rad.pipeline_loading import EMBEDDED_DIR
 from rad.visualization import draw_regions, encode_map, score_figure
 
 from . import models, visitors
@@ -20,15 +23,6 @@ from .look import data_uri, empty, layers
 from .settings import Settings
 from .words import describe, handler, percent
 
-SCORES = {  # as the page shows them; the score types that a model lacks are left out
-    "rgb": "RGB difference",
-    "pixel": "Pixels (KL divergence)",
-    "feature": "Feature error",
-    "fused": "Fused: the verdict's map",
-    "residual": "Feature residual",
-    "mahalanobis": "Mahalanobis distance",
-    "discriminator": "Discriminator",
-}
 EXAMPLES_MODEL = "synthetic"
 MAX_PIXELS = 30e6  # of a picture: what is made of it at its own size takes 16 bytes for each
 VIEW_SIDE = 768  # pixels of the longer side of what is shown
@@ -70,8 +64,7 @@ class Inspection:
     small: Image.Image  # at the model's resolution, as the model saw it
     view: Image.Image  # shrunk to VIEW_SIDE at most
     maps: dict[str, np.ndarray]  # each score type's map as it was computed, float32 [g, g]
-    scores: dict[str, float]
-    p_value: float
+    scores: dict[str, np.ndarray]  # float32 [1]
 
     @cached_property
     def picture(self) -> str:
@@ -81,12 +74,12 @@ class Inspection:
     @cached_property
     def heat(self) -> str:
         """Its heat, likewise."""
-        return data_uri(RADImageProcessor.heat(self.map(self.view.size), *heat_range(self)))
+        return data_uri(heat(self.map(self.view.size), *models.normality(self.model).heat_range()))
 
-    def map(self, size: tuple[int, int], score_type: str = "fused") -> np.ndarray:
+    def map(self, size: tuple[int, int], score_type: str = FUSED) -> np.ndarray:
         """A map at (width, height), as the pipeline gives it for a picture of this size."""
         maps = torch.from_numpy(self.maps[score_type])[None]
-        return RADImageProcessor().resize_map(maps, [size[::-1]])[0]
+        return resize_map(maps, [size[::-1]])[0]
 
 
 # -- actions ----------------------------------------------------------------------------------------------------------
@@ -95,7 +88,7 @@ class Inspection:
 def score(path: str, model: str, category: str) -> Inspection:
     """Scores the picture at a path."""
     pipeline, side = models.pipeline(model), models.normality(model).config.map_size
-    picture = pipeline.image_processor.decode(path)
+    picture = decode(path)
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
             f"{Path(path).name} has {picture.width * picture.height / 1e6:.0f} megapixels; this page takes up to "
@@ -106,8 +99,6 @@ def score(path: str, model: str, category: str) -> Inspection:
     small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
     label = None if category in (models.AUTO, "") else category
     found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
-    maps = {name: getattr(found, "anomaly_map" if name == "fused" else f"{name}_map") for name in SCORES}
-    maps = {name: maps[name][0] for name in SCORES if maps[name] is not None}
     view = picture.copy()
     view.thumbnail((VIEW_SIDE, VIEW_SIDE))
     return Inspection(
@@ -118,85 +109,64 @@ def score(path: str, model: str, category: str) -> Inspection:
         size=picture.size,
         small=small,
         view=view,
-        maps=maps,
-        scores={name: float(values[0]) for name, values in found.scores.items()},
-        p_value=float(found.p_value[0]),
+        maps={name: values[0] for name, values in found.maps.items()},
+        scores=found.scores,
     )
 
 
-def check_rate(rate: float) -> None:
-    if not isinstance(rate, int | float) or not 0 < rate < 1:
-        raise ValueError(f"The false-alarm rate must lie between 0 and 1, got {rate}.")
-
-
-def heat_range(inspection: Inspection, score_type: str = "fused") -> tuple[float, float]:
-    """Heat from what 1 good pixel in 20 exceeds; half as strong as it gets where 1 in 1000 does."""
-    normality = models.normality(inspection.model)
-    low, middle = (normality.pixel_threshold(rate, score_type) for rate in (0.05, 0.001))
-    return low, max(2 * middle - low, low + 1e-6)
-
-
-def decide(
-    inspection: Inspection, rate: float, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, list[AnomalyRegion]]:
-    """Map, mask and regions at (width, height) for a false-alarm rate, as the pipeline decides; no model runs."""
+def decide(inspection: Inspection, rate: float, size: tuple[int, int]) -> tuple[np.ndarray, Decision]:
+    """The fused map at (width, height), and what the model decides on it at a false-alarm rate; no network runs."""
     anomaly_map = inspection.map(size)
-    mask = alarm_mask(inspection, anomaly_map, rate)
-    return anomaly_map, mask, find_regions(mask, anomaly_map)
-
-
-def alarm_mask(inspection: Inspection, anomaly_map: np.ndarray, rate: float) -> np.ndarray:
-    """Pixels of a map of the picture that raise the alarm; none if the picture as a whole does not."""
-    check_rate(rate)
-    threshold = models.normality(inspection.model).pixel_threshold(rate)
-    return (anomaly_map > threshold) & (inspection.p_value <= rate)
+    decision = models.normality(inspection.model).decide({FUSED: [anomaly_map]}, inspection.scores, rate)
+    return anomaly_map, decision
 
 
 def among_good(model: str, rate: float, scores: list[float], words: str, name: str = "picture") -> str:
     """The figure of scores among those of good pictures; the words say which they are."""
     normality = models.normality(model)
-    good, threshold = normality.good_scores[0].numpy(), normality.score_threshold(rate)
+    good = normality.good_scores[normality.score_types.index(FUSED)].numpy()
+    threshold = normality.score_threshold(rate)
     words = f"{words}; the alarm starts at {threshold:.1f}; {len(good)} good pictures."
     return score_figure(good, threshold, rate, scores, words, name)
 
 
-def result(inspection: Inspection, rate: float, mask: np.ndarray, regions: list[AnomalyRegion]) -> dict:
-    """What there is to say about a picture, for programs; mask and regions are those of `decide` at its own size."""
-    normality = models.normality(inspection.model)
+def result(inspection: Inspection, rate: float, decision: Decision) -> dict[str, Any]:
+    """What there is to say about a picture, for programs; the decision is that of `decide` at its own size."""
     return {
         "picture": inspection.name,
         "size": list(inspection.size),
         "model": models.title(inspection.model),
         "category": inspection.category,
-        "is_anomalous": inspection.p_value <= rate,
-        "p_value": inspection.p_value,
-        "p_value_resolution": normality.p_value_resolution,
-        "score": inspection.scores["fused"],
-        "scores": inspection.scores,
+        "is_anomalous": bool(decision.is_anomalous[0]),
+        "p_value": float(decision.p_value[0]),
+        "p_value_resolution": models.normality(inspection.model).p_value_resolution,
+        "score": float(inspection.scores[FUSED][0]),
+        "scores": {name: float(values[0]) for name, values in inspection.scores.items()},
         "false_alarm_rate": rate,
-        "false_alarm_interval": list(normality.false_alarm_interval(rate)),
-        "threshold": normality.score_threshold(rate),
-        "pixel_threshold": normality.pixel_threshold(rate),
-        "anomalous_share": float(mask.mean()),
-        "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in regions],
+        "false_alarm_interval": list(decision.interval),
+        "threshold": decision.threshold,
+        "pixel_threshold": decision.pixel_threshold,
+        "anomalous_share": float(decision.mask[0].mean()),
+        "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in decision.regions[0]],
     }
 
 
-def save(inspection: Inspection, rate: float, folder: Path) -> tuple[dict, list[str]]:
+def save(inspection: Inspection, rate: float, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Writes overlay, raw map, mask and result, at the picture's own size; returns the result and all paths."""
     if not Path(inspection.path).is_file():
         raise ValueError("The picture is no longer kept: inspect it again.")
-    picture = RADImageProcessor().decode(inspection.path)
-    anomaly_map, mask, regions = decide(inspection, rate, picture.size)
-    heat = RADImageProcessor.overlay(picture, anomaly_map, *heat_range(inspection))
+    picture = decode(inspection.path)
+    anomaly_map, decision = decide(inspection, rate, picture.size)
+    mask, shown = decision.mask[0], decision.regions[0][:SHOWN_REGIONS]
+    hot = overlay(picture, anomaly_map, *models.normality(inspection.model).heat_range())
     stem = Path(inspection.name).stem
     paths = [folder / f"{stem}_{end}" for end in ("overlay.png", "map.png", "map.npy", "mask.png", "result.json")]
-    overlay, deep, raw, binary, words = paths
-    draw_regions(heat, mask, regions[:SHOWN_REGIONS]).save(overlay, compress_level=1)  # three times as fast as 6
+    drawn, deep, raw, binary, words = paths
+    draw_regions(hot, mask, shown).save(drawn, compress_level=1)  # three times as fast as 6
     encode_map(anomaly_map).save(deep, compress_level=1)
     np.save(raw, anomaly_map)
     Image.fromarray(mask.astype(np.uint8) * 255).save(binary)
-    found = result(inspection, rate, mask, regions)
+    found = result(inspection, rate, decision)
     words.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found, [str(path) for path in paths]
 
@@ -207,7 +177,7 @@ def save(inspection: Inspection, rate: float, folder: Path) -> tuple[dict, list[
 def check_upload(path: str):
     """Says at once why a file is refused, and shows those that browsers do not."""
     try:
-        image = RADImageProcessor().decode(path)
+        image = decode(path)
     except (ValueError, OSError) as error:
         gr.Warning(html.escape(str(error)))
         return None
@@ -242,10 +212,11 @@ def on_redraw(inspection: Inspection | None, rate: float):
     if inspection is None:
         return [gr.skip()] * 5
     normality = models.normality(inspection.model)
-    _, mask, regions = decide(inspection, rate, inspection.view.size)
+    _, decision = decide(inspection, rate, inspection.view.size)
+    mask, regions = decision.mask[0], decision.regions[0]
     shown = regions[:SHOWN_REGIONS]
     verdict = describe(
-        inspection.p_value,
+        float(decision.p_value[0]),
         rate,
         len(regions),
         float(mask.mean()),
@@ -253,7 +224,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
         models.title(inspection.model),
         normality.config.num_scores,
         normality.p_value_resolution,
-        normality.false_alarm_interval(rate),
+        decision.interval,
     )
     lines = draw_regions(Image.new("RGBA", inspection.view.size), mask, shown)
     stack = {"picture": inspection.picture, "heat": inspection.heat, "lines": data_uri(lines, lossless=True)}
@@ -264,7 +235,7 @@ def on_redraw(inspection: Inspection | None, rate: float):
         left, top, right, bottom = (round(zoom * side) for side in region.box)
         place = f"{left}, {top}", f"{right - left} x {bottom - top}"
         table.append([number, *place, surface, round(region.peak, 1)])
-    this = inspection.scores["fused"]
+    this = float(inspection.scores[FUSED][0])
     histogram = among_good(inspection.model, rate, [this], f"Score {this:.1f} of this picture")
     return verdict, stack, (draw_regions(inspection.view, mask, shown), boxes), table, histogram
 

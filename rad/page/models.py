@@ -16,7 +16,7 @@ from PIL import Image
 
 from rad import NormalityModel, RADPipeline
 from rad.hub import one_sentence
-from rad.pipeline_rad import EMBEDDED_DIR, EMBEDDED_MODELS
+from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 from . import visitors
 
@@ -161,7 +161,7 @@ def run(model: str, method: str, *args: Any, **kwargs: Any) -> Any:
 def _run(base: str, normality: NormalityModel | None, method: str, *args: Any, **kwargs: Any) -> Any:
     pipeline = load(base).working
     if normality is not None:
-        pipeline = with_normality(pipeline, copy.deepcopy(normality).to(pipeline.device))
+        pipeline = pipeline.with_normality(copy.deepcopy(normality).to(pipeline.device))
     return getattr(pipeline, method)(*args, **kwargs)
 
 
@@ -174,23 +174,15 @@ def fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
 @gpu
 def _fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
     pipeline = load(base).working
-    pipeline = with_normality(pipeline, pipeline.normality)
-    pipeline.fit_normality(pictures, categories=[name] * len(pictures))
-    return pipeline.normality.to("cpu")
-
-
-def with_normality(pipeline: RADPipeline, normality: NormalityModel | None) -> RADPipeline:
-    """The same network with other statistics; the given pipeline does not change."""
-    components = pipeline.components | {"normality": normality}
-    config = pipeline.config
-    return RADPipeline(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+    fitted = pipeline.with_normality(pipeline.normality).fit_normality(pictures, categories=[name] * len(pictures))
+    return fitted.normality.to("cpu")
 
 
 def pipeline(model: str) -> RADPipeline:
     product = visitors.product(model)
     if product is None:
         return load(model).pipeline
-    return with_normality(load(product.base).pipeline, product.normality)
+    return load(product.base).pipeline.with_normality(product.normality)
 
 
 def normality(model: str) -> NormalityModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from rad import RADImageProcessor
+from rad.image_processor import decode
 
 from . import models, visitors
 from .batch import fetch, list_files
@@ -66,7 +66,7 @@ def read(paths: list[str], resolution: int) -> list[Image.Image]:
     for name, path, member in files:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                picture = RADImageProcessor().decode(fetch(path, member, Path(folder)))
+                picture = decode(fetch(path, member, Path(folder)))
             except (ValueError, OSError) as error:
                 where = "" if member is None else f"{name}: "
                 raise ValueError(f"{where}{error} Take it out and try again.") from error
@@ -105,7 +105,7 @@ def save(model: str) -> str:
     pipeline = copy.deepcopy(models.pipeline(model))
     for name, component in pipeline.components.items():
         if component is not None and name != "scheduler":
-            component.half().register_to_config(_name_or_path="")  # no paths of this machine
+            component.half()
     path = folder / f"{stem}.zip"
     with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(path, "w") as archive:
         pipeline.save_pretrained(Path(unpacked) / stem)

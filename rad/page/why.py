@@ -4,10 +4,12 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from rad import RADDenoisingOutput, RADImageProcessor, RADRestorationOutput
+from rad import RADDenoisingOutput, RADRestorationOutput
+from rad.image_processor import heat
+from rad.models.evidence import SCORE_TYPES
 
 from . import models, visitors
-from .inspection import SCORES, Inspection, heat_range
+from .inspection import Inspection
 from .look import empty, flipbook, flipbook_value, strip
 from .settings import Settings
 from .words import handler
@@ -55,16 +57,19 @@ def restore(inspection: Inspection) -> RADRestorationOutput:
 
 def heat_picture(values: np.ndarray, low: float, high: float) -> Image.Image:
     """A map in inferno's colours, MAP_SIDE wide and high."""
-    picture = RADImageProcessor.heat(values, low, max(high, low + 1e-6)).convert("RGB")
+    picture = heat(values, low, max(high, low + 1e-6)).convert("RGB")
     return picture.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.BICUBIC)
 
 
 def map_pictures(inspection: Inspection) -> list[tuple[Image.Image, str]]:
     """Each score's map of a picture, and what it is called."""
+    normality = models.normality(inspection.model)
     return [
-        (heat_picture(inspection.map((MAP_SIDE, MAP_SIDE), name), *heat_range(inspection, name)), words)
-        for name, words in SCORES.items()
-        if name in inspection.maps
+        (
+            heat_picture(inspection.map((MAP_SIDE, MAP_SIDE), name), *normality.heat_range(name)),
+            SCORE_TYPES[name].title,
+        )
+        for name in inspection.maps
     ]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data
 
 from rad import RADFeatureExtractor
-from rad.pipeline_rad import EMBEDDED_DIR
+from rad.pipeline_loading import EMBEDDED_DIR
 
 EMBEDDED = EMBEDDED_DIR / "tf_efficientnet_lite0"
 

@@ -1,0 +1,205 @@
+"""Gaussians of good images: moments that add up over processes, covariances, Mahalanobis distances, and all of them
+held out fold by fold, so that no image is judged by a fit that saw it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.linalg.lapack import dtrtri
+from sklearn.covariance import ledoit_wolf
+from threadpoolctl import threadpool_limits
+
+NUM_FOLDS = 5
+PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
+
+
+class Moments(NamedTuple):
+    """Sums over images, float64: they add up over processes, and subtracting those of a fold leaves it out."""
+
+    count: torch.Tensor
+    first: torch.Tensor  # sum
+    second: torch.Tensor  # sum of squares, or of outer products
+
+    @classmethod
+    def of(cls, x: torch.Tensor, reduce: Reduce, block: int = 0) -> "Moments":
+        """Of x [N, ...] on all processes: first and second [...]; with a block of features [N, P, g, g] the second is
+        the sum of their outer products in each block x block positions, [(g / block) ** 2, P, P]."""
+        first = second = x.new_zeros((), dtype=torch.float64)
+        for chunk in x.split(max(1, 2**24 // x.shape[1:].numel())):  # 128 MB of float64 at a time
+            chunk = chunk.double()
+            first = first + chunk.sum(0)
+            if block:
+                chunk = split_blocks(chunk, x.shape[-1] // block)
+                second = second + chunk @ chunk.mT
+            else:
+                second = second + chunk.square().sum(0)
+        return cls(*(reduce(part) for part in (first.new_tensor(len(x)), first, second)))
+
+    def less(self, other: "Moments") -> "Moments":
+        """Of the images that are not among the others."""
+        return Moments(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def mean_and_std(self, prior: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prior deviation counts as much as `PRIOR_IMAGES` images."""
+        mean, weight = self.first / self.count, 0 if prior is None else PRIOR_IMAGES
+        squares = (self.second - self.count * mean.square()).clamp_min(0)
+        variance = (squares + (0 if prior is None else weight * prior.square())) / (self.count - 1 + weight)
+        return mean, variance.sqrt()
+
+
+def fit_gaussian(moments: Moments, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [P, g, g] and whitening matrices [blocks, P, P], one if pooled, of features with these moments.
+
+    RAN adds 0.01 I to each covariance. Each is also drawn towards the mean of all, which counts as much as
+    `PRIOR_IMAGES` images.
+    """
+    count, mean, second = moments.count, moments.first / moments.count, moments.second
+    if pooled:
+        mean, second = mean.mean((1, 2), keepdim=True).expand_as(mean), second.sum(0, keepdim=True)
+    means = split_blocks(mean[None], int(round(len(second) ** 0.5)))
+    covariance = (second / count - means @ means.mT) / means.shape[-1]
+    covariance = covariance.lerp(covariance.mean(0), PRIOR_IMAGES / (count + PRIOR_IMAGES))
+    covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+    whitening = torch.from_numpy(inverse_cholesky(covariance.cpu().numpy()))
+    return mean.float(), whitening.float().to(mean.device)
+
+
+def fit_summaries(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and deviation [K, D] of each category's summaries x [N, D], float64, and one whitening matrix [D, D].
+
+    There are more numbers in a summary than good images, so the covariance is drawn towards a multiple of the identity
+    by Ledoit and Wolf's share (J. Multivariate Analysis 2004).
+    """
+    categories = range(int(labels.max()) + 1)
+    mean = torch.stack([x[labels == k].mean(0) for k in categories])
+    std = torch.stack([x[labels == k].std(0, correction=0) for k in categories]).clamp_min(1e-3)
+    covariance, _ = ledoit_wolf(((x - mean[labels]) / std[labels]).numpy(), assume_centered=True)
+    return mean, std, torch.from_numpy(inverse_cholesky(covariance + 0.01 * np.eye(len(covariance))))
+
+
+def fit_deviation(moments: Moments, positioned: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Location and deviation at every position of maps with these moments, each [M, h, w].
+
+    Moments are averaged over 3 x 3 neighbours and drawn towards those of all positions, which count as much as
+    `PRIOR_IMAGES` images: few images say little of any one position. A map that is not positioned means the same
+    everywhere already: one location and deviation serves all of its positions.
+    """
+    count, means = moments.count, torch.stack([moments.first, moments.second]) / moments.count
+    everywhere = means.mean((-2, -1), keepdim=True).expand_as(means)
+    means = F.avg_pool2d(means, 3, stride=1, padding=1, count_include_pad=False)
+    location, square = (count * means + PRIOR_IMAGES * everywhere) / (count + PRIOR_IMAGES)
+    alike = ~torch.tensor(positioned)
+    location[alike], square[alike] = everywhere[:, alike]
+    return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
+
+
+# -- held out -----------------------------------------------------------------------------------------------------
+# `fold` [N] is that of each image in this process, -1 for those that only serve the fit; `folds` are all there are, in
+# every process the same.
+
+
+def fit_held_out_gaussians(
+    x: dict[str, torch.Tensor], fold: torch.Tensor, folds: range, block: int, reduce: Reduce
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor], bool]:
+    """Gaussians of features [N, P, g, g] by kind, as from `fit_gaussian`; held-out distances [N, g, g] by kind; and
+    whether one covariance serves all positions: the likelier sort is taken, the same for all kinds."""
+    total, distances, energies = {}, {}, torch.zeros(2, dtype=torch.float64)
+    for kind, values in x.items():
+        total[kind] = Moments.of(values, reduce, block)
+        for pooled in (False, True):
+            distances[pooled, kind] = values.new_empty(len(values), *values.shape[-2:])
+        for k in folds:
+            rest = total[kind].less(Moments.of(values[fold == k], reduce, block))
+            for pooled in (False, True):
+                mean, whitening = fit_gaussian(rest, pooled)
+                held_out = mahalanobis(values[fold == k] - mean, whitening)
+                distances[pooled, kind][fold == k] = held_out
+                log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
+                energies[int(pooled)] += (held_out.square().mean((1, 2)) + log_det).sum()
+    separate, together = reduce(energies).tolist()
+    pooled = together < separate
+    gaussians = {kind: fit_gaussian(moments, pooled) for kind, moments in total.items()}
+    return gaussians, {kind: distances[pooled, kind] for kind in x}, pooled
+
+
+def fit_held_out_summaries(
+    x: torch.Tensor, labels: torch.Tensor, fold: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What `fit_summaries` gives of summaries [N, D], and held-out distances [N], 0 for images of no fold, float64."""
+    distances = x.new_zeros(len(x))
+    for k in range(NUM_FOLDS):
+        held_out = fold == k
+        mean, std, whitening = fit_summaries(x[~held_out], labels[~held_out])
+        z = (x[held_out] - mean[labels[held_out]]) / std[labels[held_out]]
+        distances[held_out] = (z @ whitening.T).norm(dim=1)
+    return fit_summaries(x, labels), distances
+
+
+def fit_held_out_deviation(
+    x: torch.Tensor, fold: torch.Tensor, folds: range, positioned: list[bool], reduce: Reduce
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Location and deviation of maps [N, M, h, w], as from `fit_deviation`, and the maps in units of those without
+    their fold, [N, M, h, w]."""
+    moments, z = Moments.of(x, reduce), torch.empty_like(x)
+    for k in folds:
+        location, scale = fit_deviation(moments.less(Moments.of(x[fold == k], reduce)), positioned)
+        z[fold == k] = (x[fold == k] - location) / scale
+    return *fit_deviation(moments, positioned), z
+
+
+def fit_held_out_scores(
+    x: torch.Tensor, fold: torch.Tensor, folds: range, reduce: Reduce
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and deviation of scores [N, M], each [M], and the scores in units of those without their fold, [N, M]."""
+    moments, z = Moments.of(x, reduce), torch.empty_like(x, dtype=torch.float32)
+    mean, std = moments.mean_and_std()
+    for k in folds:
+        rest = moments.less(Moments.of(x[fold == k], reduce))
+        location, scale = rest.mean_and_std(prior=std)
+        z[fold == k] = ((x[fold == k] - location) / scale.clamp_min(1e-3)).float()
+    return mean, std.clamp_min(1e-3), z
+
+
+# -- matrices -----------------------------------------------------------------------------------------------------
+
+
+def mahalanobis(deviations: torch.Tensor, whitening: torch.Tensor) -> torch.Tensor:
+    """Norms [N, g, g] of whitened deviations [N, P, g, g] from the mean, under blocks of matrices [b * b, P, P]."""
+    number, size = len(deviations), deviations.shape[-1]
+    blocks = int(round(len(whitening) ** 0.5))
+    side = size // blocks
+    squares = (whitening @ split_blocks(deviations, blocks)).square().sum(1).view(blocks, blocks, number, side, side)
+    return squares.permute(2, 0, 3, 1, 4).reshape(number, size, size).clamp_min(1e-12).sqrt()
+
+
+def inverse_cholesky(covariance: np.ndarray) -> np.ndarray:
+    """Matrices W [..., n, n] for which W^T W is the inverse of each covariance [..., n, n]."""
+    # OpenBLAS's threads wait for each other over small matrices: several can be 50 times as slow as one
+    with threadpool_limits(1, "blas"):
+        roots = np.linalg.cholesky(covariance)
+        for index in np.ndindex(roots.shape[:-2]):
+            roots[index] = dtrtri(roots[index], lower=True)[0]
+    return roots
+
+
+def split_blocks(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Vectors of x [N, P, g, g] in each of count x count blocks of positions, [count ** 2, P, N (g / count) ** 2]."""
+    x = x.unflatten(3, (count, -1)).unflatten(2, (count, -1))
+    return x.permute(2, 4, 1, 0, 3, 5).flatten(3).flatten(0, 1)
+
+
+def pack_triangle(matrices: torch.Tensor) -> torch.Tensor:
+    """Lower triangles of matrices [..., side, side], their rows one after another, [..., side (side + 1) / 2]."""
+    rows, columns = torch.tril_indices(*matrices.shape[-2:])
+    return matrices[..., rows, columns]
+
+
+def unpack_triangle(packed: torch.Tensor, side: int) -> torch.Tensor:
+    """Lower triangular matrices [n, side, side] from what `pack_triangle` gives, [n, side (side + 1) / 2]."""
+    matrix = packed.new_zeros(len(packed), side, side)
+    rows, columns = torch.tril_indices(side, side)
+    matrix[:, rows, columns] = packed
+    return matrix

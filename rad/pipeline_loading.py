@@ -1,0 +1,299 @@
+"""Where pipelines come from and where they go: embedded models, folders, the Hub; and what is refused."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from safetensors import SafetensorError, safe_open
+
+from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
+from .image_processor import RADImageProcessor
+from .model_card import create_model_card
+from .models.discriminator import RADDiscriminator
+from .models.evidence import Evidence
+from .models.false_alarms import FalseAlarmMixin
+from .models.feature_extractor import RADFeatureExtractor
+from .models.gaussian import Moments
+from .models.normality import NormalityModel
+from .models.unet_rad import RADUNet2DModel
+from .pipeline_arguments import check_images
+from .pipeline_output import RADPipelineOutput
+from .scheduler_rad import RADScheduler
+
+EMBEDDED_DIR = Path(__file__).parent / "pretrained"
+EMBEDDED_MODELS = ("synthetic", "mtd")
+COMPONENTS = {
+    "unet": RADUNet2DModel,
+    "scheduler": RADScheduler,
+    "feature_extractor": RADFeatureExtractor,
+    "normality": NormalityModel,
+    "discriminator": RADDiscriminator,
+}
+# The largest settings of a pipeline that is loaded: what tables and buffers are made of before there are weights
+LIMITS = {
+    "resolution": 2048,
+    "num_noise_samples": 64,
+    "num_train_timesteps": 10_000,
+    "num_respaced_timesteps": 10_000,
+    "feature_channels": 4096,
+    "num_summaries": 8192,
+    "gaussian_size": 256,
+    "gaussian_channels": 1024,
+    "map_size": 512,
+    "num_scores": 1_000_000,
+}
+
+
+class RADLoaderMixin(DiffusionPipeline):
+    """Loads and saves a `RADPipeline`, as diffusers does and with more refused."""
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """A pipeline's folder, which comes first as in diffusers, an embedded model by its name, or a Hub id."""
+        is_folder = (Path(name_or_path) / "model_index.json").is_file()
+        embedded = name_or_path in EMBEDDED_MODELS and not is_folder
+        return (cls.from_embedded if embedded else cls.from_pretrained)(name_or_path, **kwargs)
+
+    @classmethod
+    def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> Any:
+        """A pipeline that comes with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
+        if name not in EMBEDDED_MODELS:
+            raise ValueError(
+                f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {str(name)!r}. "
+                "Folders and Hub ids go to from_pretrained."
+            )
+        return cls.from_pretrained(EMBEDDED_DIR / name, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As in diffusers, from a folder or the Hub, with two promises: weights are read from safetensors only, and no
+        code of the folder or repository is ever run, whatever `trust_remote_code` says.
+
+        Raises:
+            OSError: A file is missing or damaged, the pipeline names classes other than this package's, or the Hub can
+                not or will not deliver; one sentence says which.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        kwargs["trust_remote_code"] = False
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors must be True: other weights can run code when they are read.")
+        if Path(name).is_dir():
+            check_pipeline_folder(Path(name), kwargs.get("variant"), passed=kwargs)
+        else:
+            check_repo_id(name)
+        return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Downloads the configurations and the weights of one variant to the cache; returns their folder.
+
+        Args:
+            pretrained_model_name: "user/repo".
+            kwargs: variant, revision, token, cache_dir, local_files_only and force_download; components by name are
+                not downloaded, what else `from_pretrained` takes is left alone.
+        """
+        options = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        options = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
+        folder = download(pretrained_model_name, [name for name in COMPONENTS if name not in kwargs], **options)
+        check_pipeline_folder(folder, kwargs.get("variant"), pretrained_model_name, passed=kwargs)
+        return str(folder)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """As in diffusers, with this package's classes in the place of a repository's own code for them."""
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config["_class_name"] = cls.__name__
+        for name, component in COMPONENTS.items():
+            if config.get(name, [None])[0] is not None:
+                config[name] = [component.__module__, component.__name__]
+        return config
+
+    def with_normality(self, normality: NormalityModel | None) -> Any:
+        """A pipeline of the same networks with other statistics of good images, or none; this one does not change."""
+        components = self.components | {"normality": normality}
+        config = self.config
+        twin = type(self)(**components, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+        twin.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return twin
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: accelerate's hooks move a network when its `forward` is called, and this pipeline calls others."""
+        raise NotImplementedError(
+            "RADPipeline does not offload to the CPU: its networks are small, move them with pipe.to(device)."
+        )
+
+    enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers: weights, configurations, and the code with which diffusers loads them without this package.
+
+        Args:
+            save_directory: Created if need be.
+            variant: Part of the weights' file names, such as "fp16"; convert the pipeline itself first.
+            push_to_hub: Also push to `repo_id`, by default the folder's name; further arguments as in `push_to_hub`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: other weights can run code when they are read.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        _forget_paths(Path(save_directory))
+        components = {name: type(module) for name, module in self.components.items() if module is not None}
+        lineage = type(self).__mro__
+        # One of each module, after those it imports; one file where this class itself was loaded from a repository
+        contents = (
+            upload,
+            RADImageProcessor,
+            RADPipelineOutput,
+            create_model_card,
+            Evidence,
+            Moments,
+            FalseAlarmMixin,
+            *COMPONENTS.values(),
+            check_images,
+            RADLoaderMixin,
+            lineage[lineage.index(RADLoaderMixin) - 1],
+        )
+        modules = list(dict.fromkeys(sys.modules[item.__module__] for item in contents))
+        write_code(Path(save_directory), modules, components)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        card: ModelCard | None = None,
+        files: dict[str, Path] | None = None,
+    ) -> CommitInfo:
+        """Uploads all that `save_pretrained` writes and a model card in one commit: a reader sees all of it or none.
+
+        Args:
+            repo_id: "user/repo"; created if need be.
+            commit_message, private, token, create_pr, variant: As in diffusers.
+            card: From `create_model_card`. By default the repository's own stays, and a new one gets a card without
+                metrics.
+            files: Further files, such as the card's picture: where each goes in the repository, and where it is.
+
+        Raises:
+            OSError: In one sentence, whatever went wrong.
+        """
+        if card is None:
+            with one_sentence(repo_id):
+                keep = HfApi(token=token).file_exists(repo_id, "README.md")
+            card = None if keep else create_model_card(self, repo_id=repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if card is not None:
+                card.save(Path(folder) / "README.md")
+            return upload(
+                repo_id,
+                list_files(Path(folder)) | (files or {}),
+                commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
+
+
+def check_pipeline_folder(
+    folder: Path, variant: str | None = None, name: str | None = None, passed: Collection[str] = ()
+) -> None:
+    """Raises OSError with one sentence if a saved pipeline is damaged, incomplete or of other classes than ours.
+
+    Args:
+        folder: Of the pipeline.
+        variant: Of the weights.
+        name: What to call it; by default the folder.
+        passed: Components that need not be there.
+    """
+    name = str(folder) if name is None else name
+    index = _read_json(folder / "model_index.json", f"{name} is no pipeline: it has no model_index.json.")
+    _check_class(name, "pipeline", index.get("_class_name"), "RADPipeline")
+    _check_limits(name, index)
+    for component, entry in index.items():
+        if component not in COMPONENTS and not isinstance(entry, list):
+            continue  # a number such as the resolution
+        if component.startswith("_") or component in passed or entry == [None, None]:
+            continue
+        expected = COMPONENTS.get(component)
+        _check_class(name, component, entry, None if expected is None else expected.__name__)
+        config = "scheduler_config.json" if component == "scheduler" else "config.json"
+        missing = f"The pipeline {name} is incomplete: {component}/{config} is missing."
+        settings = _read_json(folder / component / config, missing)
+        _check_limits(name, settings)
+        if component == "scheduler":
+            continue
+        dot = "" if variant is None else f".{variant}"
+        weights = [*(folder / component).glob(f"{WEIGHTS}{dot}.safetensors")]
+        weights += (folder / component).glob(f"{WEIGHTS}{dot}-*.safetensors")
+        if not weights:
+            raise OSError(
+                f"The pipeline {name} is incomplete: {component}/ has no {WEIGHTS}{dot}.safetensors; give the variant "
+                "it was saved with, if any. Other formats are not read."
+            )
+        shapes = {}
+        for path in weights:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}
+            except (SafetensorError, OSError) as error:
+                raise OSError(f"{path} is damaged and cannot be read ({error}).") from error
+        if component == "normality":  # all of it is buffers, which are made before weights are read
+            with torch.device("meta"):
+                expected = NormalityModel.from_config(settings).state_dict()
+            if shapes != {key: list(value.shape) for key, value in expected.items()}:
+                raise OSError(f"{name} is refused: the weights of its normality model do not fit its settings.")
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OSError(missing) from error
+    except ValueError as error:
+        raise OSError(f"{path} is damaged: it is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def _check_limits(name: str, settings: dict[str, Any]) -> None:
+    """Refuses what would fill the memory before a weight is read."""
+    for key, most in LIMITS.items():
+        value = settings.get(key, 1)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise OSError(f"{name} is refused: its {key} is {value!r}, and must be a number from 1 to {most:,}.")
+
+
+def _check_class(name: str, part: str, entry: Any, expected: str | None) -> None:
+    """An entry of model_index.json is a class name or a module and a class name; ours is used, whatever the module."""
+    if expected is None or (entry[-1] if isinstance(entry, list) and entry else entry) != expected:
+        raise OSError(f"{name} is refused: its {part} is {entry!r}, which is no class of this package.")
+
+
+def _forget_paths(folder: Path) -> None:
+    """Leaves out of a saved pipeline's settings where its parts were loaded from, which is nobody else's business."""
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
