@@ -106,6 +106,19 @@ def to_pil(x: torch.Tensor, sizes: list[tuple[int, int]] | None = None) -> list[
     ]
 
 
+def paste(original: Image.Image, x: torch.Tensor, keep: torch.Tensor) -> Image.Image:
+    """A changed image at the original's size; kept pixels are the original's own, not resized twice.
+
+    Args:
+        original: Any size.
+        x: What was made of it, [3, S, S] in [-1, 1].
+        keep: How much of each pixel is kept, [1, S, S] in [0, 1].
+    """
+    weight = Image.fromarray((keep[0].float().cpu().numpy() * 255).round().astype(np.uint8))
+    weight = weight.resize(original.size, Image.Resampling.BILINEAR)
+    return Image.composite(original, to_pil(x[None], [original.size[::-1]])[0], weight)
+
+
 def overlay(image: Image.Image, map: np.ndarray, vmin: float, vmax: float, opacity: float = 0.55) -> Image.Image:
     """Heat over an image, in the colours of inferno: perceptually uniform, and readable by colour-blind people.
 

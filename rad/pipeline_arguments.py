@@ -8,18 +8,14 @@ from .models.evidence import SCORE_TYPES
 from .models.normality import NormalityModel
 
 
-def check_images(images: PipelineImageInput) -> list[ImageInput]:
-    """One image or a list as a list; raises ValueError if it is empty."""
+def check_images(images: PipelineImageInput, batch_size: int) -> list[ImageInput]:
+    """One image or a list as a list; raises ValueError if it is empty or nothing fits in a batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     images = list(images) if isinstance(images, list | tuple) else [images]
     if not images:
         raise ValueError("The list of images is empty: give at least one image.")
     return images
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError if nothing fits in a batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -80,6 +76,19 @@ def check_noise(
                 f"call fit_normality(images, {name}=...) or use mode='paper'."
             )
     return chosen["timesteps"], chosen["num_noise_samples"], chosen["seed"]
+
+
+def check_restoration(
+    normality: NormalityModel | None, num_steps: int, step_size: float, denoise_every: int, anneal: float
+) -> None:
+    """Raises ValueError unless images can be moved towards good ones so."""
+    if normality is None:
+        raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
+    if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1 or not 0 < anneal <= 1:
+        raise ValueError(
+            "num_steps and denoise_every must be at least 1 and step_size and anneal between 0 and 1, "
+            f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
+        )
 
 
 def check_labels(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from .image_processor import ImageInput, PipelineImageInput, RADImageProcessor, decode, resize_map, to_pil
+from .image_processor import ImageInput, PipelineImageInput, RADImageProcessor, decode, paste, resize_map, to_pil
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
 from .models.false_alarms import check_rate
@@ -20,11 +19,11 @@ from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .pipeline_arguments import (
     batches,
-    check_batch_size,
     check_categories,
     check_images,
     check_labels,
     check_noise,
+    check_restoration,
     check_scoring,
 )
 from .pipeline_loading import RADLoaderMixin
@@ -72,6 +71,10 @@ class RADPipeline(RADLoaderMixin):
         self.image_processor = RADImageProcessor(resolution)
         if normality is not None and normality.config.num_noise_samples is None:  # saved before it was written down
             normality.register_to_config(num_noise_samples=num_noise_samples)
+
+    def _categories(self) -> list[str]:
+        """Those that are known: of good images or, where there are none, of the U-Net."""
+        return list((self.unet if self.normality is None else self.normality).config.categories)
 
     def _noise(
         self, timesteps: Sequence[int] | None, draws: int | None, seed: int | None, calibrated: bool = False
@@ -129,10 +132,9 @@ class RADPipeline(RADLoaderMixin):
         """
         # 0. Check inputs
         check_scoring(mode, score_type, self.normality, output_type, map_size)
-        check_batch_size(batch_size)
         check_rate(false_alarm_rate)
         noise = self._noise(timesteps, num_noise_samples, seed, calibrated=mode == "calibrated")
-        images = check_images(image)
+        images = check_images(image, batch_size)
         labels = check_labels(class_labels, len(images), self._categories())
 
         maps, scores, categories = {}, {}, []
@@ -146,7 +148,7 @@ class RADPipeline(RADLoaderMixin):
                 if mode == "paper":
                     found = paper_scores(evidence)
                 else:
-                    found = self.normality(evidence, self._numbers(evidence.categories))
+                    found = self.normality(evidence, self.normality.labels_of(evidence.categories))
                 # 4. Maps at each image's own size
                 for name, values in found[0].items():
                     maps.setdefault(name, []).extend(resize_map(values, [map_size or size for size in sizes]))
@@ -305,8 +307,7 @@ class RADPipeline(RADLoaderMixin):
             ValueError: A bad image or argument, or too few images of a category; the message names it.
         """
         # 0. Check inputs
-        images, holdout_images = check_images(images), list(holdout_images or [])
-        check_batch_size(batch_size)
+        images, holdout_images = check_images(images, batch_size), list(holdout_images or [])
         names = check_categories(images, holdout_images, categories, holdout_categories)
         known = sorted(set(names))
         if self.normality is not None:
@@ -389,25 +390,18 @@ class RADPipeline(RADLoaderMixin):
             batch_size: Images that are restored together.
         """
         # 0. Check inputs
-        if self.normality is None:
-            raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
-        if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1 or not 0 < anneal <= 1:
-            raise ValueError(
-                "num_steps and denoise_every must be at least 1 and step_size and anneal between 0 and 1, "
-                f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
-            )
+        check_restoration(self.normality, num_steps, step_size, denoise_every, anneal)
         check_rate(pixel_rate)
-        check_batch_size(batch_size)
-        images = [decode(one) for one in check_images(image)]
+        images = [decode(one) for one in check_images(image, batch_size)]
         labels = check_labels(class_labels, len(images), self._categories())
 
-        output = RADRestorationOutput(images=[], intermediates=[], distances=[])
+        restored = RADRestorationOutput(images=[], intermediates=[], distances=[])
         for batch in batches(len(images), batch_size):
             # 1. Look at it: what is normal stays as it was
-            x_0, sizes = self.image_processor.preprocess(images[batch])
+            x_0, _ = self.image_processor.preprocess(images[batch])
             x_0 = x_0.to(self._execution_device, self.unet.dtype)
             evidence = self.measure(x_0, labels[batch])
-            numbers = self._numbers(evidence.categories)
+            numbers = self.normality.labels_of(evidence.categories)
             keep = torch.zeros_like(x_0[:, :1])
             if keep_normal:
                 maps, _ = self.normality(evidence, numbers)
@@ -429,23 +423,24 @@ class RADPipeline(RADLoaderMixin):
                     # A diffusion step whose noise is the gradient, and a denoising step now and then
                     fraction, free = 1 + (anneal - 1) * step / num_steps, 1 - keep[running]
                     s, gradient = step_size * fraction, gradient[may] * free
-                    moved = (1 - s**2) ** 0.5 * x[running] - s * gradient / _std(gradient, free)
+                    # Standard deviation of a zero-mean gradient, over the pixels that may change
+                    squares, count = gradient.square().sum((1, 2, 3), True), 3 * free.sum((1, 2, 3), True)
+                    moved = (1 - s**2) ** 0.5 * x[running] - s * gradient / (squares / count).clamp_min(1e-24).sqrt()
                     if (step + 1) % denoise_every == 0:
-                        moved = self._denoised(moved, round(8 * fraction), [evidence.categories[i] for i in running])
+                        t = torch.tensor(self.scheduler.steps_of_250([round(8 * fraction)]), device=x.device)
+                        unet_labels = self.unet.labels_of([evidence.categories[i] for i in running])
+                        output = self.unet(moved, t, unet_labels)
+                        moved, _, _ = self.scheduler.model_distribution(output.sample, output.variance, moved, t)
                     x[running] = keep[running] * x_0[running] + free * moved.to(x_0.dtype).clamp(-1, 1)
                     for i in running:
                         steps[i].append(x[i].clone())
                     progress.update()
 
-            # 3. Back to each image's own size; kept pixels are the input's own, not resized twice
-            for i, original in enumerate(images[batch]):
-                weight = Image.fromarray((keep[i, 0].float().cpu().numpy() * 255).round().astype(np.uint8))
-                weight = weight.resize(original.size, Image.Resampling.BILINEAR)
-                restored = to_pil(x[i : i + 1], sizes[i : i + 1])[0]
-                output.images.append(Image.composite(original, restored, weight))
-                output.intermediates.append(to_pil(torch.stack(steps[i])))
-                output.distances.append(np.array(distances[i], dtype=np.float32))
-        return output
+            # 3. Back to each image's own size
+            restored.images += [paste(*parts) for parts in zip(images[batch], x, keep, strict=True)]
+            restored.intermediates += [to_pil(torch.stack(one)) for one in steps]
+            restored.distances += [np.array(one, dtype=np.float32) for one in distances]
+        return restored
 
     def _distance_gradient(self, x: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mahalanobis scores [B] of images [B, 3, S, S], and the gradient of their mean squared distances."""
@@ -454,27 +449,3 @@ class RADPipeline(RADLoaderMixin):
             distance = self.normality.distance(self.feature_extractor(x), labels)
             (gradient,) = torch.autograd.grad(distance.square().mean((1, 2)).sum(), x)
         return self.normality.distance_score(distance.detach(), labels), gradient
-
-    def _denoised(self, x: torch.Tensor, step_of_250: int, categories: list[str | None]) -> torch.Tensor:
-        """The mean of p(x_{t-1} | x_t) at images x_t [B, 3, S, S]."""
-        t = torch.tensor(self.scheduler.steps_of_250([step_of_250]), device=x.device)
-        prediction = self.unet(x, t, self.unet.labels_of(categories))
-        mean, _, _ = self.scheduler.model_distribution(prediction.sample, prediction.variance, x, t, respaced=True)
-        return mean
-
-    # -- categories -----------------------------------------------------------------------------------------------
-
-    def _categories(self) -> list[str]:
-        """Those that are known: of good images or, where there are none, of the U-Net."""
-        return list((self.unet if self.normality is None else self.normality).config.categories)
-
-    def _numbers(self, categories: list[str | None]) -> list[int]:
-        """Class labels of the normality model."""
-        known = list(self.normality.config.categories)
-        return [known.index(category) for category in categories]
-
-
-def _std(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Standard deviation [B, 1, 1, 1] of zero-mean gradients over the pixels that may change."""
-    count = weight.sum((1, 2, 3), keepdim=True) * gradient.shape[1]
-    return (gradient.square().sum((1, 2, 3), keepdim=True) / count).clamp_min(1e-24).sqrt()

@@ -1,6 +1,7 @@
 """What users do with RADPipeline: score, decide, restore, refit, save and load."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -8,14 +9,17 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-from rad import RADPipeline
+from rad import RADPipeline, RADScheduler
+from rad.image_processor import resize_map, to_pil
+from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_output import find_regions
+from rad.scheduler_rad import antithetic_noise
 
 TIMESTEPS = [20, 201, 401]
 
 
 def maps_of(output):
-    return [output[f"{name}_map"][0] for name in ("anomaly", "pixel", "feature", "residual", "mahalanobis", "rgb")]
+    return [output.maps[name][0] for name in ("fused", "pixel", "feature", "residual", "mahalanobis", "rgb")]
 
 
 def test_scores_do_not_depend_on_the_batch(pipeline, good_images):
@@ -25,14 +29,16 @@ def test_scores_do_not_depend_on_the_batch(pipeline, good_images):
     for position, output in ((1, batch), (2, moved)):
         np.testing.assert_allclose(alone.score[0], output.score[position], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(alone.anomaly_map[0], output.anomaly_map[position], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(alone.pixel_map[0], output.pixel_map[position], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(alone.maps["pixel"][0], output.maps["pixel"][position], rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(pipeline, good_images):
-    first, second, other = (pipeline(good_images[0], seed=seed) for seed in (0, 0, 1))
+    first, second = pipeline(good_images[0]), pipeline(good_images[0], seed=0)
+    refitted = pipeline.with_normality(pipeline.normality).fit_normality(good_images, seed=1, gaussian_channels=16)
+    other = refitted(good_images[0], seed=1)
     assert np.array_equal(first.anomaly_map, second.anomaly_map)
-    assert not np.array_equal(first.pixel_map, other.pixel_map)
-    assert np.array_equal(first.mahalanobis_map, other.mahalanobis_map)  # no noise enters it
+    assert not np.array_equal(first.maps["pixel"], other.maps["pixel"])
+    assert np.array_equal(first.maps["mahalanobis"], other.maps["mahalanobis"])  # no noise enters it
 
 
 def test_maps_have_the_size_of_each_input(pipeline, good_images):
@@ -49,9 +55,9 @@ def test_maps_of_another_size_are_the_same_maps(pipeline, good_images):
     size = pipeline.normality.config.map_size
     own, output = pipeline(wide, map_size=(size, size)), pipeline(wide)
     assert own.anomaly_map.shape == own.mask.shape == (1, size, size)
-    for name in ("anomaly_map", "pixel_map", "rgb_map"):
-        resized = resize_map(torch.from_numpy(own[name]), [(50, 90)])[0]
-        assert np.array_equal(resized, output[name][0])
+    for name in ("fused", "pixel", "rgb"):
+        resized = resize_map(torch.from_numpy(own.maps[name]), [(50, 90)])[0]
+        assert np.array_equal(resized, output.maps[name][0])
     assert own.score == output.score
 
 
@@ -82,10 +88,54 @@ def test_decision_follows_the_false_alarm_rate(pipeline, good_images):
         assert np.array_equal(output.is_anomalous, output.score > output.threshold)
 
 
+@pytest.mark.parametrize("score_type", ["fused", "mahalanobis"])
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_an_output_is_decided_again_as_the_pipeline_would_have(pipeline, good_images, score_type, output_type):
+    images = [good_images[0], good_images[1].resize((90, 50))]
+    output = pipeline(images, score_type=score_type, output_type=output_type)
+    for rate in (0.001, 0.3, 0.9):
+        decision, again = output.decide(rate), pipeline(images, score_type=score_type, false_alarm_rate=rate)
+        for name in ("p_value", "is_anomalous", "threshold", "pixel_threshold"):
+            assert np.array_equal(getattr(decision, name), again[name])
+        assert decision.interval == again.false_alarm_interval and decision.regions == again.regions
+        assert all(np.array_equal(*pair) for pair in zip(decision.mask, again.mask, strict=True))
+    with pytest.raises(ValueError, match="false_alarm_rate must lie between 0 and 1, got 1"):
+        output.decide(1)
+    with pytest.raises(ValueError, match="Scores of paper mode know no false-alarm rate"):
+        pipeline(good_images[0], mode="paper").decide(0.1)
+
+
+def test_an_output_can_be_decided_again_elsewhere(pipeline, good_images):
+    """It takes along what it needs, and not the network."""
+    output = pipeline(good_images[:2])
+    content = pickle.dumps(output)
+    assert len(content) < 1e6
+    again = pickle.loads(content).decide(0.3)
+    assert np.array_equal(again.p_value, output.p_value) and again.regions == output.decide(0.3).regions
+
+
+def test_maps_and_scores_have_the_names_of_the_registry(pipeline, good_images):
+    for mode in ("calibrated", "paper"):
+        output = pipeline(good_images[0], mode=mode)
+        known = [name for name, score in SCORE_TYPES.items() if mode == "calibrated" or score.in_paper]
+        assert [name for name in SCORE_TYPES if name in output.maps] == [
+            name for name in known if SCORE_TYPES[name].has_map and name != "discriminator"
+        ]
+        assert set(output.scores) == set(known) - {"discriminator"}
+        assert output.anomaly_map is output.maps["fused"]
+
+
+def test_maps_are_still_read_by_their_former_names(pipeline, good_images):
+    output = pipeline(good_images[0])
+    for name in ("pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator"):
+        with pytest.warns(FutureWarning, match=f"use maps\\['{name}'\\]"):
+            assert getattr(output, f"{name}_map") is output.maps.get(name)
+
+
 @pytest.mark.parametrize("score_type", ["pixel", "feature", "residual", "mahalanobis", "rgb"])
 def test_each_score_alone_can_decide(pipeline, good_images, score_type):
     fused, alone = pipeline(good_images[0]), pipeline(good_images[0], score_type=score_type)
-    assert np.array_equal(alone.anomaly_map, fused[f"{score_type}_map"])
+    assert np.array_equal(alone.anomaly_map, fused.maps[score_type])
     assert alone.score[0] == fused.scores[score_type][0]
 
 
@@ -110,7 +160,7 @@ def test_paper_mode_is_ran_to_the_letter(pipeline, good_images):
             expected += (0.5 * (kl - kl.mean()) / kl.std() + 0.5 * error) / 3
     np.testing.assert_allclose(output.anomaly_map[0], expected[0].numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(output.score[0], expected.flatten().topk(64).values.mean(), rtol=1e-4)
-    assert output.p_value is None and output.mask is None and output.mahalanobis_map is None
+    assert output.p_value is None and output.mask is None and "mahalanobis" not in output.maps
 
 
 def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipeline, good_images):
@@ -119,7 +169,8 @@ def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipel
     x_0, sizes = processor.preprocess(good_images[:2])
     with torch.no_grad():
         features = pipeline.feature_extractor(x_0)
-        kl, error, rgb, residuals = pipeline.raw_scores(x_0, features, None, TIMESTEPS, num_noise_samples=2)
+        evidence = pipeline.measure(x_0, timesteps=TIMESTEPS, draws=2)
+        kl, error, rgb, residuals = evidence.kl, evidence.error, evidence.rgb, evidence.residuals
         expected = torch.zeros_like(features)
         for t in TIMESTEPS:
             noise = torch.randn(1, *x_0.shape[1:], generator=torch.Generator().manual_seed(t))
@@ -132,19 +183,23 @@ def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipel
     assert distance.shape[-1] == features.shape[-1] // 4
     z = torch.nn.functional.interpolate(distance, (16, 16), mode="bilinear")[:, 0] - normality.location[0, -2]
     z = z / normality.scale[0, -2] / normality.map_scale[0, 3]
-    output = pipeline(good_images[:2], num_noise_samples=2)
-    np.testing.assert_allclose(output.residual_map, np.stack(resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
+    normality.register_to_config(num_noise_samples=2)  # as if it had been fitted so
+    try:
+        output = pipeline(good_images[:2])
+    finally:
+        normality.register_to_config(num_noise_samples=1)
+    np.testing.assert_allclose(output.maps["residual"], np.stack(resize_map(z, sizes)), rtol=1e-3, atol=1e-3)
 
 
 def test_the_denoising_step_made_visible_is_that_of_the_score(two_category_pipeline, two_category_images):
-    """The mean over its timesteps is what raw_scores gives, and its pictures are what the scheduler and U-Net make."""
+    """Each timestep is what `measure` gives, and its pictures are what the scheduler and U-Net make."""
     pipeline, image = two_category_pipeline, two_category_images[0][-1]
     steps = pipeline.denoise(image)
     x_0, _ = pipeline.image_processor.preprocess(image)
     labels, t = torch.tensor([1]), torch.tensor([201])
     with torch.no_grad():
-        features = pipeline.feature_extractor(x_0)
-        kl, error, rgb, _ = pipeline.raw_scores(x_0, features, labels, TIMESTEPS)
+        evidence = pipeline.measure(x_0, ["gravel"], TIMESTEPS)
+        kl, error, rgb = evidence.kl, evidence.error, evidence.rgb
         noise = torch.randn(1, *x_0.shape[1:], generator=torch.Generator().manual_seed(201))
         x_t = pipeline.scheduler.add_noise(x_0, noise, t)
         output = pipeline.unet(x_t, t, labels)
@@ -174,9 +229,7 @@ def test_denoise_refuses_in_one_sentence(pipeline, good_images, arguments, messa
 
 
 def test_antithetic_draws_are_mirrored(pipeline):
-    from rad.pipeline_rad import _noise
-
-    noise = _noise(3, 20, 3, torch.zeros(1, 3, 8, 8))
+    noise = antithetic_noise(3, 20, 3, torch.zeros(1, 3, 8, 8))
     assert torch.equal(noise[1], -noise[0]) and not torch.equal(noise[2], noise[0])
 
 
@@ -187,6 +240,68 @@ def test_categories_are_guessed_and_can_be_named(two_category_pipeline, two_cate
     assert output.category == [names[-1]]
     with pytest.raises(ValueError, match="no category 'bottle'"):
         two_category_pipeline(images[0], class_labels="bottle")
+
+
+def test_without_statistics_the_networks_own_categories_count(two_category_pipeline, two_category_images):
+    """They are checked, and used by the U-Net."""
+    images, _ = two_category_images
+    bare = two_category_pipeline.with_normality(None)
+    with pytest.raises(ValueError, match="There is no category 'bottle'; this pipeline knows brick, gravel"):
+        bare(images[0], mode="paper", class_labels="bottle")
+    with pytest.raises(ValueError, match="2 class_labels were given for 1 images"):
+        bare(images[0], mode="paper", class_labels=["brick", "brick"])
+    named, numbered, other, unknown = (
+        bare(images[0], mode="paper", class_labels=labels) for labels in ("gravel", 1, "brick", None)
+    )
+    assert named.category == ["gravel"] and unknown.category is None
+    expected = two_category_pipeline(images[0], mode="paper", class_labels="gravel")
+    for output in (named, numbered):
+        assert np.array_equal(output.maps["pixel"], expected.maps["pixel"])
+    for output in (other, unknown):
+        assert not np.array_equal(output.maps["pixel"], expected.maps["pixel"])
+
+
+def test_a_twin_can_be_fitted_while_the_pipeline_stays(pipeline, good_images):
+    normality, before = pipeline.normality, pipeline(good_images[0])
+    twin = pipeline.with_normality(normality)
+    assert twin.fit_normality(good_images[:6], gaussian_channels=8, seed=3, num_noise_samples=2) is twin
+    assert pipeline.normality is normality and twin.normality is not normality and twin.unet is pipeline.unet
+    assert np.array_equal(pipeline(good_images[0]).anomaly_map, before.anomaly_map)
+    assert twin.normality.config.seed == 3 and twin.normality.config.num_noise_samples == 2
+    assert np.array_equal(twin(good_images[0]).score, twin(good_images[0], seed=3, num_noise_samples=2).score)
+
+
+def test_short_chains_have_default_timesteps(small_pipeline_without_normality, good_images):
+    """RAN's 5, 50 and 100 of 250 stand where they would; also in restoration, whose step is 8 of 250."""
+    networks = small_pipeline_without_normality.components
+    scheduler = RADScheduler(num_train_timesteps=40, beta_end=0.5, num_respaced_timesteps=10)
+    pipeline = RADPipeline(**networks | {"scheduler": scheduler}, resolution=64).fit_normality(good_images[:6])
+    assert list(pipeline.normality.config.timesteps) == scheduler.default_timesteps == [0, 9, 17]
+    assert np.isfinite(pipeline(good_images[7]).score).all()
+    assert pipeline.restore(good_images[7], num_steps=5, keep_normal=False).images
+
+
+def test_offloading_is_refused_in_one_sentence(pipeline):
+    for enable in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
+        with pytest.raises(NotImplementedError, match="does not offload to the CPU: .* pipe.to"):
+            enable()
+
+
+def test_what_is_saved_tells_no_local_paths(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "of-somebody" / "model")
+    loaded = RADPipeline.from_pretrained(tmp_path / "of-somebody" / "model")
+    loaded.save_pretrained(tmp_path / "published")
+    written = [path.read_text() for path in (tmp_path / "published").rglob("*.json")]
+    assert len(written) == 5
+    assert not any("of-somebody" in text or "_name_or_path" in text for text in written)
+
+
+def test_a_pipeline_folder_comes_before_an_embedded_model_of_its_name(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mtd").mkdir()  # of data, say
+    assert RADPipeline.load("mtd").normality.config.categories == ["magnetic_tile"]
+    pipeline.save_pretrained(tmp_path / "mtd")
+    assert RADPipeline.load("mtd").normality.config.categories == ["object"]
 
 
 def test_save_and_load_are_bit_exact_and_safetensors_only(pipeline, good_images, tmp_path):
@@ -278,6 +393,31 @@ def test_restoration_stops_at_once_on_a_typical_good_image(pipeline, good_images
     assert any(len(d) == 1 and d[0] <= 0 for d in distances)
 
 
+def test_images_are_restored_together_as_each_alone(pipeline, good_images):
+    """Each stops on its own: one that is typical at once, the others later."""
+    typical = next(image for image in good_images if pipeline(image).scores["mahalanobis"][0] <= 0)
+    pixels = np.array(good_images[0])
+    pixels[20:36, 24:40] = [250, 40, 40]
+    images = [Image.fromarray(pixels), typical, Image.fromarray(pixels[::-1]).resize((80, 50))]
+    together = pipeline.restore(images, num_steps=6, batch_size=2)
+    assert [len(distances) for distances in together.distances] == [7, 1, 7]
+    for i, image in enumerate(images):
+        alone = pipeline.restore(image, num_steps=6)
+        np.testing.assert_allclose(together.distances[i], alone.distances[0], rtol=1e-3, atol=1e-3)
+        difference = np.asarray(together.images[i], int) - np.asarray(alone.images[0], int)
+        assert together.images[i].size == image.size and np.abs(difference).max() <= 2
+        assert len(together.intermediates[i]) == len(together.distances[i])
+
+
+def test_more_may_change_where_more_pixels_count_as_odd(pipeline, good_images):
+    image = next(image for image in good_images if pipeline(image).scores["mahalanobis"][0] > 0)
+    few, many = (pipeline.restore(image, num_steps=1, pixel_rate=rate) for rate in (1e-4, 0.9))
+    changed = [(np.asarray(output.images[0]) != np.asarray(image)).mean() for output in (few, many)]
+    assert changed[0] < changed[1]
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        pipeline.restore(image, pixel_rate=0.0)
+
+
 def test_restoration_score_is_the_mahalanobis_image_score(pipeline, good_images):
     restored = pipeline.restore(good_images[2], num_steps=1)
     expected = pipeline(good_images[2]).scores["mahalanobis"][0]
@@ -302,6 +442,8 @@ def test_keep_normal_can_be_turned_off(pipeline, good_images):
         ({"timesteps": [20]}, "Calibrated scores are fitted to"),
         ({"mode": "paper", "timesteps": [21]}, "respaced timesteps"),
         ({"num_noise_samples": 0}, "num_noise_samples"),
+        ({"num_noise_samples": 2}, "Calibrated scores are fitted to the num_noise_samples 1, got 2"),
+        ({"seed": 1}, "Calibrated scores are fitted to the seed 0, got 1"),
         ({"output_type": "jpg"}, "output_type"),
         ({"batch_size": 0}, "batch_size"),
         ({"map_size": (0, 4)}, "map_size must be"),

@@ -186,6 +186,10 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         energy = ((average - self.category_mean.float()) / std).square().mean(-1) + 2 * std.log().mean(-1)
         return energy.argmin(1).tolist()
 
+    def labels_of(self, categories: Sequence[str | None]) -> list[int]:
+        """Class labels of categories by name; raises ValueError for one that is not known."""
+        return [list(self.config.categories).index(name) for name in categories]
+
     # -- scores ---------------------------------------------------------------------------------------------------
 
     def forward(
@@ -252,7 +256,8 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             side = z.shape[-1] // 4 * 2 + 1
             mean = F.avg_pool2d(fused[:, None], side, stride=1, padding=side // 2, count_include_pad=False)[:, 0]
             fused = fused + self.config.context * mean
-        return {FUSED: fused / scale[FUSED], **maps}
+        maps[FUSED] = fused / scale[FUSED]
+        return {name: maps[name] for name in self.score_types}
 
     def _image_score(self, maps: dict[str, torch.Tensor], score_type: str, outlying: torch.Tensor) -> torch.Tensor:
         """Mean of the largest values of a map [B], to which the fused score adds how outlying the summary is [B]."""
