@@ -169,7 +169,7 @@ def test_inspect(client, part, page_model, two_category_pipeline):
 def test_explain(client, part):
     levels, pictures, maps = client.predict(image=handle_file(part), api_name="/explain")
     assert {20, 201, 401} <= set(levels["timesteps"]) and len(pictures) == 4 * len(levels["noise_levels"])
-    assert maps[0]["caption"] == "RGB difference" and Image.open(maps[0]["image"]).size == (256, 256)
+    assert maps[0]["caption"] == "fused" and Image.open(maps[0]["image"]).size == (256, 256)
 
 
 def test_restore(client, part):

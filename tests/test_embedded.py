@@ -2,10 +2,12 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from rad import RADPipeline
 from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
@@ -39,6 +41,28 @@ def test_examples_are_judged_right(synthetic, path):
     assert output.category == [category]
     assert output.is_anomalous[0] == (kind != "good")
     assert bool(output.regions[0]) == (kind != "good")
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+@pytest.mark.parametrize("mode", ["calibrated", "paper"])
+def test_scores_and_maps_are_those_written_down(name, mode):
+    """golden.safetensors holds what version 0.1.0, which also saved these models, gave of three examples: scores, and
+    means of each map over 8 x 8 blocks. Other processors round otherwise, which log and variances magnify."""
+    golden = load_file(Path(__file__).parent / "golden.safetensors")
+    pipeline = RADPipeline.from_embedded(name)
+    images = [EMBEDDED_DIR / "examples" / f"{stem}.png" for stem in ("brick_stain", "hex_nut_good", "hex_nut_scratch")]
+    output = pipeline(images, mode=mode, map_size=(64, 64))
+    known = [key.split("/")[-1] for key in golden if key.startswith(f"{name}/{mode}/score/")]
+    assert set(output.scores) == set(known) and len(known) == {"calibrated": 8, "paper": 4}[mode]
+    for score, values in output.scores.items():
+        np.testing.assert_allclose(values, golden[f"{name}/{mode}/score/{score}"], rtol=1e-2, atol=1e-2)
+    for score, values in output.maps.items():
+        means = values.reshape(3, 8, 8, 8, 8).mean((2, 4))
+        np.testing.assert_allclose(means, golden[f"{name}/{mode}/map/{score}"], rtol=1e-2, atol=1e-2)
+    if mode == "calibrated":
+        np.testing.assert_allclose(np.log(output.p_value), np.log(golden[f"{name}/p_value"]), rtol=1e-2, atol=1e-2)
+        thresholds = [output.threshold, output.pixel_threshold, *output.false_alarm_interval]
+        np.testing.assert_allclose(thresholds, golden[f"{name}/thresholds"], rtol=1e-6)
 
 
 def test_mtd_model_finds_a_blot_on_a_plain_tile():

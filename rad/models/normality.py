@@ -24,7 +24,7 @@ from .gaussian import (
     unpack_triangle,
 )
 
-WEIGHTS = {"pixel": 1.0, "feature": 1.0, "residual": 0.0, "mahalanobis": 0.75, "discriminator": 1.5}
+MAP_WEIGHTS = {"pixel": 1.0, "feature": 1.0, "residual": 0.0, "mahalanobis": 0.75, "discriminator": 1.5}
 IMAGE_WEIGHTS = {
     "pixel": 0.0,
     "feature": 0.0,
@@ -86,7 +86,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         gaussian_channels: int | None = None,
         gaussian_block: int | None = None,
         map_size: int = 64,
-        weights: Mapping[str, float] = WEIGHTS,
+        weights: Mapping[str, float] = MAP_WEIGHTS,
         image_weights: Mapping[str, float] = IMAGE_WEIGHTS,
         context: float = 0.0,
         top_k: int = 64,

@@ -7,6 +7,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from rad.models.false_alarms import check_rate
+
 from . import batch as many
 from . import catalogue, inspection, models, product, visitors, why
 from .look import DEFAULT_RATE
@@ -45,7 +47,7 @@ def inspect(
         mask: defective pixels in white
         files: overlay, map as 16-bit PNG (1024 is a deviation of good parts, 8192 is 0) and .npy, mask, result as JSON
     """
-    inspection.check_rate(false_alarm_rate)
+    check_rate(false_alarm_rate)
     scored = _score(image, model, category)
     result, files = inspection.save(scored, false_alarm_rate, visitors.new_folder(request.session_hash))
     return result, files[0], files[3], files
@@ -63,7 +65,7 @@ def explain(image: str, model: str, category: str, request: gr.Request) -> tuple
     Returns:
         result: noise levels and their timesteps
         levels: for each level in turn the noised picture, the denoised one, the KL map and the feature map
-        maps: that of each score, with RGB difference, KL, feature error and fused first
+        maps: that of each score, the fused one first
     """
     scored = _score(image, model, category)
     steps = why.explain(scored)
