@@ -1,6 +1,7 @@
 """Untrusted images in; maps and pictures out. Needs torch, NumPy, Pillow and, for colours, matplotlib only."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ImageInput = Image.Image | str | Path | np.ndarray | torch.Tensor
-PipelineImageInput = ImageInput | list[ImageInput]
+PipelineImageInput = ImageInput | Sequence[ImageInput]
 
 # Raster formats only: no EPS, which would start an interpreter.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")

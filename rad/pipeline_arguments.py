@@ -5,17 +5,25 @@ from typing import Any
 
 from .image_processor import ImageInput, PipelineImageInput
 from .models.evidence import SCORE_TYPES
+from .models.false_alarms import check_rate
 from .models.normality import NormalityModel
 
 
+def as_list(images: PipelineImageInput | None) -> list[ImageInput]:
+    """One image, several or none as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+
+
 def check_images(images: PipelineImageInput, batch_size: int) -> list[ImageInput]:
-    """One image or a list as a list; raises ValueError if it is empty or nothing fits in a batch."""
+    """One image or several as a list; raises ValueError if there is none or nothing fits in a batch."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    if not images:
+    found = [images] if images is None else as_list(images)  # None is a bad image, named as such
+    if not found:
         raise ValueError("The list of images is empty: give at least one image.")
-    return images
+    return found
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -27,6 +35,7 @@ def check_scoring(
     mode: str,
     score_type: str,
     normality: NormalityModel | None,
+    false_alarm_rate: float,
     output_type: str,
     map_size: tuple[int, int] | None,
 ) -> None:
@@ -40,6 +49,7 @@ def check_scoring(
         accepted = normality.score_types
     if score_type not in accepted:
         raise ValueError(f"score_type must be one of {', '.join(accepted)} in {mode} mode, got {score_type!r}.")
+    check_rate(false_alarm_rate)
     if output_type not in ("np", "pt"):
         raise ValueError(f"output_type must be 'np' or 'pt', got {output_type!r}.")
     if map_size is not None and (len(map_size) != 2 or min(map_size) < 1):
@@ -64,7 +74,7 @@ def check_noise(
         "num_noise_samples": draws,
         "seed": seed,
     }
-    chosen = {name: fitted[name] if value is None else value for name, value in given.items()}
+    chosen: dict[str, Any] = {name: fitted[name] if value is None else value for name, value in given.items()}
     if not chosen["timesteps"]:
         raise ValueError("The list of timesteps is empty: give at least one.")
     if chosen["num_noise_samples"] < 1:
@@ -79,7 +89,12 @@ def check_noise(
 
 
 def check_restoration(
-    normality: NormalityModel | None, num_steps: int, step_size: float, denoise_every: int, anneal: float
+    normality: NormalityModel | None,
+    num_steps: int,
+    step_size: float,
+    denoise_every: int,
+    anneal: float,
+    pixel_rate: float,
 ) -> None:
     """Raises ValueError unless images can be moved towards good ones so."""
     if normality is None:
@@ -89,6 +104,7 @@ def check_restoration(
             "num_steps and denoise_every must be at least 1 and step_size and anneal between 0 and 1, "
             f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
         )
+    check_rate(pixel_rate, "pixel_rate")
 
 
 def check_labels(
@@ -101,13 +117,18 @@ def check_labels(
     """
     if class_labels is None:
         return [None] * count
-    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
+    labels = [class_labels] * count if isinstance(class_labels, str | int) else list(class_labels)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} class_labels were given for {count} images.")
+    names: list[str | None] = []
     for label in labels:
-        if label not in categories and not (isinstance(label, int) and 0 <= label < len(categories)):
+        if isinstance(label, int) and 0 <= label < len(categories):
+            names.append(categories[label])
+        elif isinstance(label, str) and label in categories:
+            names.append(label)
+        else:
             raise ValueError(f"There is no category {label!r}; this pipeline knows {', '.join(categories) or 'none'}.")
-    return [label if label in categories else categories[label] for label in labels]
+    return names
 
 
 def check_categories(

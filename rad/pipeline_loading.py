@@ -57,9 +57,10 @@ class RADLoaderMixin(DiffusionPipeline):
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """A pipeline's folder, which comes first as in diffusers, an embedded model by its name, or a Hub id."""
-        is_folder = (Path(name_or_path) / "model_index.json").is_file()
-        embedded = name_or_path in EMBEDDED_MODELS and not is_folder
-        return (cls.from_embedded if embedded else cls.from_pretrained)(name_or_path, **kwargs)
+        name = os.fspath(name_or_path)
+        is_folder = (Path(name) / "model_index.json").is_file()
+        embedded = name in EMBEDDED_MODELS and not is_folder
+        return (cls.from_embedded if embedded else cls.from_pretrained)(name, **kwargs)
 
     @classmethod
     def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> Any:
@@ -99,8 +100,8 @@ class RADLoaderMixin(DiffusionPipeline):
             kwargs: variant, revision, token, cache_dir, local_files_only and force_download; components by name are
                 not downloaded, what else `from_pretrained` takes is left alone.
         """
-        options = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
-        options = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
+        known = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        options = {name: kwargs[name] for name in known if kwargs.get(name) is not None}
         folder = download(pretrained_model_name, [name for name in COMPONENTS if name not in kwargs], **options)
         check_pipeline_folder(folder, kwargs.get("variant"), pretrained_model_name, passed=kwargs)
         return str(folder)
@@ -251,7 +252,7 @@ def check_pipeline_folder(
                 f"The pipeline {name} is incomplete: {component}/ has no {WEIGHTS}{dot}.safetensors; give the variant "
                 "it was saved with, if any. Other formats are not read."
             )
-        shapes = {}
+        shapes: dict[str, list[int]] = {}
         for path in weights:
             try:
                 with safe_open(path, framework="pt") as file:

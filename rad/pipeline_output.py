@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +86,9 @@ class RADPipelineOutput(BaseOutput):
     false_alarm_interval: tuple[float, float] | None = None
     pixel_threshold: float | None = None
 
-    _decider: ClassVar[Callable[..., Decision] | None] = None  # of each output; no field, since it is no result
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._decider: Callable[..., Decision] | None = None  # no field, since it is no result
 
     @classmethod
     def of(
@@ -94,7 +96,7 @@ class RADPipelineOutput(BaseOutput):
         maps: dict[str, list[np.ndarray]],
         scores: dict[str, np.ndarray],
         score_type: str,
-        category: list[str] | None,
+        category: list[str | None],
         decider: Callable[..., Decision] | None = None,
         false_alarm_rate: float = 0.01,
     ) -> "RADPipelineOutput":
@@ -110,7 +112,8 @@ class RADPipelineOutput(BaseOutput):
             decided = dict(vars(decider(maps[score_type], scores[score_type], false_alarm_rate)))
             decided["false_alarm_interval"] = decided.pop("interval")
         stacked = {name: stack_maps(values) for name, values in maps.items()}
-        output = cls(stacked[score_type], scores[score_type], stacked, scores, category, **decided)
+        known = None if None in category else category
+        output = cls(stacked[score_type], scores[score_type], stacked, scores, known, **decided)
         output._decider = decider
         return output
 

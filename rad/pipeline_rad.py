@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from .image_processor import ImageInput, PipelineImageInput, RADImageProcessor, decode, paste, resize_map, to_pil
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
-from .models.false_alarms import check_rate
 from .models.feature_extractor import RADFeatureExtractor
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .pipeline_arguments import (
+    as_list,
     batches,
     check_categories,
     check_images,
@@ -69,7 +69,7 @@ class RADPipeline(RADLoaderMixin):
         )
         self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
         self.image_processor = RADImageProcessor(resolution)
-        if normality is not None and normality.config.num_noise_samples is None:  # saved before it was written down
+        if normality is not None and normality.config.num_noise_samples is None:  # saved before it was stored
             normality.register_to_config(num_noise_samples=num_noise_samples)
 
     def _categories(self) -> list[str]:
@@ -79,8 +79,7 @@ class RADPipeline(RADLoaderMixin):
     def _noise(
         self, timesteps: Sequence[int] | None, draws: int | None, seed: int | None, calibrated: bool = False
     ) -> tuple[list[int], int, int]:
-        """Timesteps, draws and seed; by default those that good images were scored under, or RAN's timesteps, the
-        pipeline's draws and 0. Calibrated scores are in units of good images under these, and of no others."""
+        """Timesteps, draws and seed; by default those of the scores of good images, whose units hold for no others."""
         fitted = {"timesteps": self.scheduler.default_timesteps, "num_noise_samples": self.config.num_noise_samples}
         if self.normality is not None:
             fitted = {name: self.normality.config[name] for name in (*fitted, "seed")}
@@ -108,7 +107,7 @@ class RADPipeline(RADLoaderMixin):
         An image's numbers depend on the image and the seed alone, not on its batch or its place in it.
 
         Args:
-            image: One image or a list; see `raddecode` for what is accepted.
+            image: One image or a list; see `image_processor.decode` for what is accepted.
             timesteps: Steps of the full chain on the respaced one; by default those of the normality model, or RAN's
                 20, 201, 401. Calibrated scores are fitted to theirs, and so to the next two: others are refused.
             num_noise_samples: Noise draws at each timestep, antithetic pairs from two on; by default as fitted, or the
@@ -124,20 +123,20 @@ class RADPipeline(RADLoaderMixin):
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
             output_type: "np" for NumPy arrays, "pt" for CPU tensors.
             map_size: Height and width of maps, masks and regions; by default each image's own. At the normality
-                model's `map_size` maps are as they were computed, and `radresize_map` takes them to
-                any size later.
+                model's `map_size` maps are as they were computed; `image_processor.resize_map` takes them on later.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
         """
         # 0. Check inputs
-        check_scoring(mode, score_type, self.normality, output_type, map_size)
-        check_rate(false_alarm_rate)
+        check_scoring(mode, score_type, self.normality, false_alarm_rate, output_type, map_size)
         noise = self._noise(timesteps, num_noise_samples, seed, calibrated=mode == "calibrated")
         images = check_images(image, batch_size)
         labels = check_labels(class_labels, len(images), self._categories())
 
-        maps, scores, categories = {}, {}, []
+        maps: dict[str, list[np.ndarray]] = {}
+        scores: dict[str, list[torch.Tensor]] = {}
+        categories: list[str | None] = []
         with self.progress_bar(total=len(images)) as progress:
             for batch in batches(len(images), batch_size):
                 # 1. Decode and resize, every image by itself
@@ -158,10 +157,9 @@ class RADPipeline(RADLoaderMixin):
                 progress.update(len(x_0))
 
         # 5. Decide
-        scores = {name: torch.cat(values).numpy() for name, values in scores.items()}
+        of_all = {name: torch.cat(values).numpy() for name, values in scores.items()}
         decider = self.normality.decider(score_type) if mode == "calibrated" else None
-        categories = None if None in categories else categories
-        output = RADPipelineOutput.of(maps, scores, score_type, categories, decider, false_alarm_rate)
+        output = RADPipelineOutput.of(maps, of_all, score_type, categories, decider, false_alarm_rate)
         return output.to_tensors() if output_type == "pt" else output
 
     @torch.no_grad()
@@ -194,7 +192,7 @@ class RADPipeline(RADLoaderMixin):
         stages = self.feature_extractor.stages(x_0)
         features, summaries = self.feature_extractor.join(stages), self.feature_extractor.summary(x_0, stages)
         logits = None if self.discriminator is None else self.discriminator(stages)
-        categories = [None] * len(x_0) if labels is None else list(labels)
+        categories: list[str | None] = [None] * len(x_0) if labels is None else list(labels)
         if self.normality is not None and None in categories:
             known, guesses = self.normality.config.categories, self.normality.classify(features)
             categories = [known[i] if name is None else name for name, i in zip(categories, guesses, strict=True)]
@@ -262,9 +260,9 @@ class RADPipeline(RADLoaderMixin):
             noise_levels=np.sqrt(1.0 - self.scheduler.full_chain.alphas_cumprod[timesteps]),
             x_t=to_pil(evidence.x_t[0]),
             x0_hat=to_pil(evidence.x0_hat[0]),
-            pixel_map=evidence.kl[0].float().cpu().numpy(),
-            feature_map=evidence.error[0].float().cpu().numpy(),
-            rgb_map=evidence.rgb[0].float().cpu().numpy(),
+            pixel_map=evidence.kl[0].cpu().numpy(),
+            feature_map=evidence.error[0].cpu().numpy(),
+            rgb_map=evidence.rgb[0].cpu().numpy(),
         )
 
     # -- fitting --------------------------------------------------------------------------------------------------
@@ -283,8 +281,8 @@ class RADPipeline(RADLoaderMixin):
         num_noise_samples: int | None = None,
         **config: Any,
     ) -> "RADPipeline":
-        """Fits what good images look like, with no training: seconds for tens of images. In place; `with_normality`
-        gives a pipeline to fit where this one is to stay as it is.
+        """Fits what good images look like, in place and with no training: seconds for tens of images. Where this
+        pipeline is to stay as it is, fit the one that `with_normality` gives.
 
         Args:
             images: Good images, at least two for each category.
@@ -307,8 +305,8 @@ class RADPipeline(RADLoaderMixin):
             ValueError: A bad image or argument, or too few images of a category; the message names it.
         """
         # 0. Check inputs
-        images, holdout_images = check_images(images, batch_size), list(holdout_images or [])
-        names = check_categories(images, holdout_images, categories, holdout_categories)
+        good, held_out = check_images(images, batch_size), as_list(holdout_images)
+        names = check_categories(good, held_out, categories, holdout_categories)
         known = sorted(set(names))
         if self.normality is not None:
             kept = ("weights", "image_weights", "context", "top_k", "timesteps")
@@ -324,11 +322,13 @@ class RADPipeline(RADLoaderMixin):
         # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         share = slice(rank, None, world)
-        own, own_names = (images + holdout_images)[share], names[share]
-        unscored = len(images[share]) if holdout_images else 0
+        own, own_names = (good + held_out)[share], names[share]
+        unscored = len(good[share]) if held_out else 0
 
         def reduce(part: torch.Tensor) -> torch.Tensor:
-            return part if world == 1 else accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
+            if accelerator is None:
+                return part
+            return accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
 
         # 2. Look at it, keeping no more than the Gaussians and the maps need
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
@@ -390,8 +390,7 @@ class RADPipeline(RADLoaderMixin):
             batch_size: Images that are restored together.
         """
         # 0. Check inputs
-        check_restoration(self.normality, num_steps, step_size, denoise_every, anneal)
-        check_rate(pixel_rate)
+        check_restoration(self.normality, num_steps, step_size, denoise_every, anneal, pixel_rate)
         images = [decode(one) for one in check_images(image, batch_size)]
         labels = check_labels(class_labels, len(images), self._categories())
 

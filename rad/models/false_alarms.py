@@ -82,10 +82,10 @@ def p_value_text(p_value: float, resolution: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= resolution else f"p < {resolution:.2g}"
 
 
-def check_rate(false_alarm_rate: float) -> None:
+def check_rate(rate: float, name: str = "false_alarm_rate") -> None:
     """Raises ValueError unless the rate is a number between 0 and 1, both excluded."""
-    if not isinstance(false_alarm_rate, int | float) or not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}.")
+    if not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {rate}.")
 
 
 def decide(

@@ -2,7 +2,7 @@
 held out fold by fold, so that no image is judged by a fit that saw it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one pos
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Sums over images, float64: they add up over processes, and subtracting those of a fold leaves it out."""
 
     count: torch.Tensor
@@ -40,7 +41,7 @@ class Moments(NamedTuple):
 
     def less(self, other: "Moments") -> "Moments":
         """Of the images that are not among the others."""
-        return Moments(*(a - b for a, b in zip(self, other, strict=True)))
+        return Moments(self.count - other.count, self.first - other.first, self.second - other.second)
 
     def mean_and_std(self, prior: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A prior deviation counts as much as `PRIOR_IMAGES` images."""

@@ -133,7 +133,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         self.register_buffer("pixel_quantiles", torch.zeros(num_types, len(TAIL)))
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
         """As in diffusers; settings saved when weights were lists, in the order of the registry, get their names."""
         config_dict = {name: value for name, value in config_dict.items() if name != "pooled"}  # read by nothing
         for name in ("weights", "image_weights"):
