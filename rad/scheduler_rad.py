@@ -13,6 +13,9 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401  diffusers looks for the mixin's name here
 from diffusers.configuration_utils import register_to_config
 
+# An array is not copied between devices, for which a GPU has to be waited for
+Timesteps = torch.Tensor | np.ndarray
+
 
 @dataclass(frozen=True)
 class DiffusionChain:
@@ -80,7 +83,7 @@ class RADScheduler(DDPMScheduler):
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         num_respaced_timesteps: int = 250,
-    ):
+    ) -> None:
         if variance_type != "learned_range" or prediction_type != "epsilon":
             raise ValueError(
                 "RADScheduler needs variance_type='learned_range' and prediction_type='epsilon', "
@@ -123,9 +126,9 @@ class RADScheduler(DDPMScheduler):
         """Where RAN scores: 5, 50 and 100 of 250, which are 20, 201 and 401 of 1000."""
         return self.steps_of_250([5, 50, 100])
 
-    def _chain(self, timesteps: torch.Tensor, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:
+    def _chain(self, timesteps: Timesteps, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:
         """The chain and the positions of `timesteps` in it."""
-        timesteps = np.atleast_1d(timesteps.cpu().numpy())
+        timesteps = _on_cpu(timesteps)
         if timesteps.min() < 0 or timesteps.max() >= self.config.num_train_timesteps:
             raise ValueError(f"timesteps must lie in 0 .. {self.config.num_train_timesteps - 1}, got {timesteps}.")
         chain = self.respaced_chain if respaced else self.full_chain
@@ -146,7 +149,7 @@ class RADScheduler(DDPMScheduler):
 
     # -- forward process ------------------------------------------------------------------------------------------
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Both chains share abar_t, so there is one forward process.
 
         Args:
@@ -160,7 +163,7 @@ class RADScheduler(DDPMScheduler):
         return signal * original_samples + sigma * noise
 
     def posterior(
-        self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor, respaced: bool = True
+        self, x_0: torch.Tensor, x_t: torch.Tensor, timesteps: Timesteps, respaced: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q(x_{t-1} | x_t, x_0) = N(mu~_t, b~_t I): mean [B, C, H, W] and log-variance [B, 1, 1, 1], nats, float64."""
         chain, index = self._chain(timesteps, respaced)
@@ -171,7 +174,7 @@ class RADScheduler(DDPMScheduler):
         )
         return mean, self._table(chain.posterior_log_variance[index], x_0)
 
-    def predict_x0(self, noise: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def predict_x0(self, noise: torch.Tensor, x_t: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, not clamped, float64. Shapes [B, C, H, W]."""
         chain, index = self._chain(timesteps, respaced=False)
         noise, x_t = self._precise(noise), self._precise(x_t)
@@ -183,7 +186,7 @@ class RADScheduler(DDPMScheduler):
         noise: torch.Tensor,
         variance: torch.Tensor,
         x_t: torch.Tensor,
-        timesteps: torch.Tensor,
+        timesteps: Timesteps,
         respaced: bool = True,
         clip: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -214,7 +217,7 @@ class RADScheduler(DDPMScheduler):
         x_t: torch.Tensor,
         noise: torch.Tensor,
         variance: torch.Tensor,
-        timesteps: torch.Tensor,
+        timesteps: Timesteps,
         respaced: bool = True,
         clip: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,13 +230,13 @@ class RADScheduler(DDPMScheduler):
         Returns:
             The score in bits, per pixel and colour channel [B, C, H, W], and x0_hat [B, C, H, W], both float32.
         """
+        timesteps = _on_cpu(timesteps)  # once for all that follows
         posterior_mean, posterior_log_variance = self.posterior(x_0, x_t, timesteps, respaced)
         mean, log_variance, x0_hat = self.model_distribution(noise, variance, x_t, timesteps, respaced, clip)
         bits = gaussian_kl(posterior_mean, posterior_log_variance, mean, log_variance) / math.log(2.0)
-        first = self._table(np.atleast_1d(timesteps.cpu().numpy()) == 0, bits).bool()
-        if first.any():
+        if (timesteps == 0).any():
             nll = -discretized_gaussian_log_likelihood(self._precise(x_0), mean, 0.5 * log_variance) / math.log(2.0)
-            bits = torch.where(first, nll, bits)
+            bits = torch.where(self._table(timesteps == 0, bits).bool(), nll, bits)
         return bits.float(), x0_hat.float()
 
     def variational_bound(
@@ -242,12 +245,16 @@ class RADScheduler(DDPMScheduler):
         x_t: torch.Tensor,
         noise: torch.Tensor,
         variance: torch.Tensor,
-        timesteps: torch.Tensor,
+        timesteps: Timesteps,
     ) -> torch.Tensor:
         """L_vlb of the training loss in bits, [B]: over the full chain, x0_hat not clamped, eps detached so that it
         trains only v (Nichol and Dhariwal, 2021)."""
         bits, _ = self.kl_score(x_0, x_t, noise.detach(), variance, timesteps, respaced=False, clip=False)
         return bits.flatten(1).mean(1)
+
+
+def _on_cpu(timesteps: Timesteps) -> np.ndarray:
+    return np.atleast_1d(timesteps.cpu().numpy() if isinstance(timesteps, torch.Tensor) else timesteps)
 
 
 def antithetic_noise(seed: int, timestep: int, draws: int, like: torch.Tensor) -> torch.Tensor:

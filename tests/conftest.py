@@ -53,7 +53,7 @@ def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADP
     ).eval()
     pipeline = RADPipeline(unet, RADScheduler(), extractor, resolution=RESOLUTION)
     pipeline.set_progress_bar_config(disable=True)
-    extractor.calibrate([pipeline.image_processor.preprocess(images)[0]])
+    extractor.fit([pipeline.image_processor.preprocess(images)[0]])
     return pipeline
 
 

@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import parse_flag_from_env
+from launching import share_cores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from train import split_holdout
 
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
@@ -119,7 +119,7 @@ def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: in
         ValueError: This is not the split that the model was trained with, or a category has too few images.
     """
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
-    train, holdout = split_holdout(dataset, sorted(chosen.tolist()), args.holdout_fraction, args.seed)
+    train, holdout = dataset.split_holdout(args.holdout_fraction, args.seed, sorted(chosen.tolist()))
     if len(holdout) != num_scores:
         raise ValueError(
             f"The model's statistics come from {num_scores} good images held out, but this split holds out "
@@ -769,8 +769,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # of processes whose share is done
     accelerator, output_dir = Accelerator(cpu=cpu, kwargs_handlers=[patience]), Path(args.output_dir)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))  # accelerate launch sets 1 for each
+    share_cores()
     if args.page:  # before hours of work
         for name in ABLATIONS:
             insert(Path(args.page).read_text(encoding="utf-8"), f"{output_dir.resolve().name} {name}", "")

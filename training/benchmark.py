@@ -38,15 +38,15 @@ from sklearn.metrics import auc, average_precision_score, roc_auc_score
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from train import compute_losses
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset, Sample
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
 from rad.data.synthetic import render
+from rad.losses import compute_losses
 from rad.metrics import pixel_metrics
 from rad.models.unet_rad import NAMED_CONFIGS
-from rad.pipeline_rad import EMBEDDED_DIR
+from rad.pipeline_loading import EMBEDDED_DIR
 
 LAYOUTS = {  # with about the parameters of "small", the first
     "patch 4, 64-128-192": {},

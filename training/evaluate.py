@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from launching import share_cores
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
@@ -301,8 +302,7 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
 def main(args: argparse.Namespace) -> dict[str, Any]:
     cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))  # accelerate launch sets 1 for each
+    share_cores()
 
     # 1. Score: one model after another, each on its categories
     dataset, models, found = load_data(args), {}, Found()

@@ -56,7 +56,7 @@ class TrainingSampler(Sampler[list[Draw]]):
         start: int = 0,
         rank: int = 0,
         num_processes: int = 1,
-    ):
+    ) -> None:
         if not 0 < crop_size <= resolution:
             raise ValueError(f"The crop size must lie in 1 .. {resolution}, the resolution, got {crop_size}.")
         self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
@@ -103,7 +103,7 @@ class TrainingImages(Dataset):
         labels: list[int],
         processor: RADImageProcessor,
         decoded: dict[int, torch.Tensor | None],
-    ):
+    ) -> None:
         self.dataset, self.indices, self.labels = dataset, indices, labels
         self.processor, self.decoded = processor, decoded
 
@@ -140,13 +140,16 @@ class TrainingCollator:
 
     Args:
         max_timestep: t is uniform in 0 .. max_timestep - 1.
-        unknown_label: The class label that takes the place of one label in ten; None for no labels.
+        unknown_label: The class label that takes the place of some; None for no labels.
+        label_dropout: Share of the labels that it takes the place of, so that the network also learns to do without
+            (RAN: 0).
         rotation: Largest angle in degrees of the share `rotation_prob` of the images (RAN: 5).
         random_flip: Mirror at random, both ways.
     """
 
     max_timestep: int
     unknown_label: int | None = None
+    label_dropout: float = 0.1
     rotation: float = 0.0
     rotation_prob: float = 0.0
     random_flip: bool = False
@@ -167,8 +170,9 @@ class TrainingCollator:
             "timesteps": (u[6] * self.max_timestep).long().clamp_max(self.max_timestep - 1),
             "indices": torch.tensor([draw.index for draw in draws]),
         }
-        if self.unknown_label is not None:  # so that the network also learns to do without
-            batch["class_labels"] = torch.where(u[7] < 0.1, self.unknown_label, torch.tensor(labels))
+        if self.unknown_label is not None:
+            unknown = u[7] < self.label_dropout
+            batch["class_labels"] = torch.where(unknown, self.unknown_label, torch.tensor(labels))
         return batch
 
 

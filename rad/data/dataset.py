@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..image_processor import FORMATS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MIN_IMAGES = 10  # of a category to be trained on
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class AnomalyDataset(Dataset):
         samples: In a fixed order.
     """
 
-    def __init__(self, samples: Sequence[Sample]):
+    def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = list(samples)
 
     def __len__(self) -> int:
@@ -59,6 +60,34 @@ class AnomalyDataset(Dataset):
     def categories(self) -> list[str]:
         """Names of the categories, sorted: their positions are the class labels of a unified model."""
         return sorted({sample.category for sample in self.samples})
+
+    def split_holdout(
+        self, share: float, seed: int, indices: Sequence[int] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Indices to train on and to hold out, the same share of each category, in ascending order.
+
+        Args:
+            share: To hold out, in [0, 1]: none, or at least two of each category and at most all but two.
+            seed: Which ones.
+            indices: Those to split, by default all.
+
+        Raises:
+            ValueError: A category has fewer than `MIN_IMAGES` images.
+        """
+        train, holdout = [], []
+        for number, category in enumerate(self.categories):
+            chosen = range(len(self)) if indices is None else indices
+            members = [i for i in chosen if self.samples[i].category == category]
+            if len(members) < MIN_IMAGES:
+                raise ValueError(
+                    f"Category {category!r} has {len(members)} good images to train on; "
+                    f"it needs at least {MIN_IMAGES}."
+                )
+            shuffled = np.random.default_rng([seed, number]).permutation(members).tolist()
+            count = min(max(2, round(share * len(members))), len(members) - 2) if share else 0
+            holdout += shuffled[:count]
+            train += shuffled[count:]
+        return sorted(train), sorted(holdout)
 
     def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
         """Ground-truth mask as bool [H, W], resized by nearest neighbour to `size` = (height, width) when given.

@@ -1,5 +1,8 @@
 """Frozen ImageNet features: what RAN's feature head predicts and what the normality model is a Gaussian of."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         backbone: str = "tf_efficientnet_lite0",
         out_indices: tuple[int, ...] = (0, 1, 2, 3),
         feature_stride: int = 8,
-    ):
+    ) -> None:
         super().__init__()
         self.network = timm.create_model(backbone, features_only=True, out_indices=tuple(out_indices))
         info = self.network.feature_info
@@ -43,7 +46,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         self.eval()
 
     @classmethod
-    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs) -> "RADFeatureExtractor":
+    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs: Any) -> "RADFeatureExtractor":
         """A backbone with timm's ImageNet weights, downloaded on first use.
 
         Raises:
@@ -73,13 +76,19 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         return super().train(False)
 
     @torch.no_grad()
-    def calibrate(self, batches) -> None:
+    def fit(self, batches: Iterable[torch.Tensor]) -> "RADFeatureExtractor":
         """Sets the mean and standard deviation of each channel from good images.
 
         RAN weighs raw channels equally, so those of the largest variance rule the error; here each counts alike.
 
         Args:
-            batches: Iterable of images [B, 3, H, W] in [-1, 1].
+            batches: Images [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: There is no batch.
         """
         self.channel_mean.zero_()
         self.channel_std.fill_(1.0)
@@ -89,14 +98,15 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
             count += features.shape[1]
             total, squares = total + features.sum(1), squares + features.square().sum(1)
         if count == 0:
-            raise ValueError("calibrate needs at least one batch of good images, got none.")
+            raise ValueError("fit needs at least one batch of good images, got none.")
         mean = total / count
         self.channel_mean.copy_(mean)
         self.channel_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt())
+        return self
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The backbone's stages for images [B, 3, H, W] in [-1, 1], finest first, [B, C_i, h_i, w_i] each;
-        every channel is in units of its deviation on good images once `calibrate` has run."""
+        every channel is in units of its deviation on good images once `fit` has run."""
         stages = self.network(((images + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std)
         counts = [stage.shape[1] for stage in stages]
         means, stds = (x.view(-1, 1, 1).split(counts) for x in (self.channel_mean, self.channel_std))

@@ -166,7 +166,7 @@ def _smaller(image: torch.Tensor, times: int) -> torch.Tensor:
 
 def test_calibrated_channels_have_mean_zero_and_deviation_one(extractor, photographs):
     raw = extractor(photographs)
-    extractor.calibrate([photographs[:2], photographs[2:]])
+    extractor.fit([photographs[:2], photographs[2:]])
     features = extractor(photographs).transpose(0, 1).flatten(1)
     np.testing.assert_allclose(features.mean(1), 0.0, atol=1e-4)
     np.testing.assert_allclose(features.std(1, correction=0), 1.0, atol=1e-3)
@@ -176,14 +176,14 @@ def test_calibrated_channels_have_mean_zero_and_deviation_one(extractor, photogr
 
 
 def test_calibrating_again_starts_afresh(extractor, photographs):
-    extractor.calibrate([photographs])
+    extractor.fit([photographs])
     first = extractor.channel_std.clone()
-    extractor.calibrate([photographs])
+    extractor.fit([photographs])
     torch.testing.assert_close(extractor.channel_std, first)
 
 
 def test_calibration_is_saved(extractor, photographs, tmp_path):
-    extractor.calibrate([photographs])
+    extractor.fit([photographs])
     extractor.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert torch.equal(RADFeatureExtractor.from_pretrained(tmp_path)(photographs), extractor(photographs))
@@ -191,4 +191,4 @@ def test_calibration_is_saved(extractor, photographs, tmp_path):
 
 def test_calibrating_on_nothing_is_refused(extractor):
     with pytest.raises(ValueError, match="at least one batch"):
-        extractor.calibrate([])
+        extractor.fit([])

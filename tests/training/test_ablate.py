@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import new_pipeline
+from discriminator import fit_discriminator
 from PIL import Image
-from train import split_holdout
 
 from rad import RADPipeline
 from rad.data import AnomalyDataset, load_dataset
@@ -28,10 +28,10 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablate")
     write_synthetic(root / "data", CATEGORIES, num_train=20, num_test_good=3, num_per_defect=1, size=SIZE)
     dataset = load_dataset(root / "data", "mvtec", "train")
-    train, holdout = split_holdout(dataset, list(range(len(dataset))), 0.2, 0)
+    train, holdout = dataset.split_holdout(0.2, 0)
     images, names = zip(*((sample.image, sample.category) for sample in dataset.samples), strict=True)
     pipeline = new_pipeline(CATEGORIES, [images[i] for i in train[:4]])
-    pipeline.fit_discriminator([images[i] for i in train], [names[i] for i in train], num_steps=2)
+    fit_discriminator(pipeline, [images[i] for i in train], [names[i] for i in train], num_steps=2)
     pipeline.fit_normality(
         [images[i] for i in train],
         holdout_images=[images[i] for i in holdout],

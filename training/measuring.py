@@ -1,0 +1,61 @@
+"""What the finished pipeline does on the data set's own test split."""
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rad import RADPipeline
+from rad.data import load_dataset
+from rad.evaluation import mean_metrics, measure_records, score_dataset
+from rad.image_processor import ImageInput, decode
+from rad.model_card import METRICS
+
+logger = logging.getLogger("rad.train")
+
+
+def measure_test_split(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline
+) -> tuple[dict[str, float], list[ImageInput]]:
+    """Metrics of the fused score on the test split, means over categories, and its defective images; each process
+    scores its share. No metrics where there is no such split, or a category of it lacks good images or masks."""
+    if args.dataset_name:
+        return {}, []
+    try:
+        tests = load_dataset(args.train_data_dir, args.dataset_format, "test", args.category)
+    except ValueError as error:
+        logger.info(f"There is no test split to measure on: {error}")
+        return {}, []
+
+    def has_mask(index: int) -> bool | str:
+        """Or why the image or its mask cannot be read."""
+        try:
+            decode(tests[index].image)
+            return tests.mask(index) is not None
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    own = range(len(tests))[accelerator.process_index :: accelerator.num_processes]
+    masked = dict(sorted(gather_object([(i, has_mask(i)) for i in own])))
+    for error in [found for found in masked.values() if isinstance(found, str)]:
+        logger.warning(f"Not measured: {error}")
+    masked = {i: found for i, found in masked.items() if not isinstance(found, str)}
+    defective = [tests[i].image for i in masked if tests[i].label]
+    for category in sorted({tests[i].category for i in masked}):
+        members = [i for i in masked if tests[i].category == category]
+        if all(tests[i].label for i in members) or not any(tests[i].label and masked[i] for i in members):
+            logger.info(f"Not measured: the test split of {category!r} has no good images, or none with a mask.")
+            return {}, defective
+
+    folder = Path(args.output_dir) / ".partial-records"
+    records = score_dataset(pipeline, tests, list(masked), folder)
+    metrics = {}
+    if accelerator.is_main_process:
+        by_category = [[r for r in records if r.category == name] for name in {r.category for r in records}]
+        means = mean_metrics(measure_records(members, "fused") for members in by_category)
+        metrics = {name: means[name] for name in METRICS if means}
+        shutil.rmtree(folder)
+    return metrics, defective
