@@ -117,13 +117,14 @@ class RADScheduler(DDPMScheduler):
         return [int(self.respaced_chain.timesteps[i]) for i in indices]
 
     def steps_of_250(self, indices: list[int]) -> list[int]:
-        """Steps of the full chain that stand where those of RAN's 250 respaced ones do, on a chain of any length."""
-        count = len(self.respaced_chain.timesteps)
-        return list(dict.fromkeys(self.respaced_to_full([min(round(i * count / 250), count - 1) for i in indices])))
+        """Steps of the full chain that stand where those of RAN's 250 respaced ones do, first to last, on a respaced
+        chain of any length; on a short one fewer than were asked for."""
+        last = len(self.respaced_chain.timesteps) - 1
+        return list(dict.fromkeys(self.respaced_to_full([round(i * last / 249) for i in indices])))
 
     @property
     def default_timesteps(self) -> list[int]:
-        """Where RAN scores: 5, 50 and 100 of 250, which are 20, 201 and 401 of 1000."""
+        """Where RAN scores: 5, 50 and 100 of 250, which are 20, 201 and 401 of 1000; on another chain the nearest."""
         return self.steps_of_250([5, 50, 100])
 
     def _chain(self, timesteps: Timesteps, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:

@@ -40,7 +40,7 @@ def texture(name: str, seed: int) -> Image.Image:
 
 
 def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADPipeline:
-    """A pipeline with random weights that knows no good images yet; its extractor is calibrated as in training."""
+    """A pipeline with random weights that knows no good images yet; its extractor is fitted as in training."""
     torch.manual_seed(0)
     extractor = RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
     unet = RADUNet2DModel(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from torch.overrides import TorchFunctionMode
 
 from rad import RADScheduler
 from rad.scheduler_rad import discretized_gaussian_log_likelihood, gaussian_kl
@@ -119,6 +120,22 @@ def test_full_betas_are_linear():
 def test_another_length_of_the_respaced_chain():
     short = RADScheduler(num_train_timesteps=100, num_respaced_timesteps=10)
     assert short.respaced_to_full(list(range(10))) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+
+
+def test_default_timesteps_are_the_papers():
+    assert scheduler.default_timesteps == [20, 201, 401]
+    assert scheduler.steps_of_250([8, 249]) == [32, 999]
+
+
+@pytest.mark.parametrize(("full", "respaced"), [(1000, 2), (1000, 50), (100, 10), (100, 100), (4000, 500)])
+def test_steps_of_250_are_as_far_along_a_chain_of_another_length(full, respaced):
+    other = RADScheduler(num_train_timesteps=full, num_respaced_timesteps=respaced)
+    for step, t in zip((5, 50, 100), (20, 201, 401), strict=True):
+        (found,) = other.steps_of_250([step])
+        assert found in other.respaced_chain.timesteps
+        assert abs(found / (full - 1) - t / 999) <= 1 / (respaced - 1)
+    assert other.default_timesteps == sorted(set(other.default_timesteps))
+    assert other.steps_of_250(list(range(250)))[-1] == full - 1
 
 
 # Forward process
@@ -286,6 +303,24 @@ def test_variational_bound_trains_only_v():
     scheduler.variational_bound(x_0, x_t, eps, v, timesteps).sum().backward()
     assert eps.grad is None
     assert v.grad.isfinite().all() and (v.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_score_copies_its_timesteps_to_the_cpu_once():
+    """Each copy waits for the GPU."""
+
+    class Copies(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__)
+            return func(*args, **(kwargs or {}))
+
+    x_0, noise, eps, v = draw(3)
+    timesteps = torch.tensor([0, 20, 401])
+    x_t = scheduler.add_noise(x_0, noise, timesteps)
+    with Copies() as copies:
+        scheduler.kl_score(x_0, x_t, eps, v, timesteps)
+    assert copies.count == 1
 
 
 def test_scores_do_not_depend_on_the_batch():

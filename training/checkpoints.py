@@ -122,8 +122,8 @@ def find_checkpoint(output_dir: Path, named: str, run: dict[str, Any]) -> tuple[
 
 
 def resume(accelerator: Accelerator, output_dir: Path, named: str, run: dict[str, Any]) -> int:
-    """Loads the checkpoint that `find_checkpoint` finds, if any, and returns its step. Later ones, damaged or of a course
-    that this run does not follow, are deleted."""
+    """Loads the checkpoint that `find_checkpoint` finds, if any, and returns its step. Later ones, damaged or of a
+    course that this run does not follow, are deleted."""
     checkpoint, step = find_checkpoint(output_dir, named, run)
     if checkpoint:
         accelerator.load_state(str(checkpoint))

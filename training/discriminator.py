@@ -23,8 +23,8 @@ def fit_discriminator(
 ) -> RADPipeline:
     """Trains a pipeline's discriminator, or a new one if it has none, in place.
 
-    What good images look like changes with it: call `fit_normality` afterwards. Where there are several processes, each
-    does the same, as far as the device rounds alike.
+    What good images look like changes with it: call `fit_normality` afterwards. Where there are several processes,
+    each does the same, as far as the device rounds alike.
 
     Args:
         images: Good images, at least two.

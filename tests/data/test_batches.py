@@ -80,6 +80,13 @@ def test_timesteps_are_uniform_and_one_label_in_ten_is_unknown():
     assert abs(batch["noise"].mean()) < 0.03 and abs(batch["noise"].std() - 1) < 0.03
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_unknown_labels_is_the_one_asked_for(share):
+    collate = TrainingCollator(50, unknown_label=3, label_dropout=share)
+    unknown = collate(items([Draw(i % 20, 1, i) for i in range(1000)]))["class_labels"] == 3
+    assert abs(unknown.float().mean() - share) < 0.05 * (0 < share < 1) + 1e-9
+
+
 def test_no_labels_without_categories():
     assert "class_labels" not in TrainingCollator(50)(items([Draw(0, 16, 0)]))
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rad import RADPipeline
 from rad.data.pasting import artificial_batches, paste_defects
 from rad.models.discriminator import RADDiscriminator
 
@@ -101,32 +100,3 @@ def test_any_number_of_steps(num_steps):
     batches = itertools.repeat(([torch.randn(2, 4, 8, 8)], torch.ones(2, 8, 8)))
     model.fit(batches, num_steps, progress=losses.append)
     assert len(losses) == num_steps and np.isfinite(losses).all()
-
-
-@pytest.fixture
-def with_discriminator(small_pipeline_without_normality, good_images) -> RADPipeline:
-    """After two steps."""
-    pipe = small_pipeline_without_normality
-    pipe.fit_discriminator(good_images, num_steps=2, batch_size=4)
-    pipe.fit_normality(good_images, gaussian_channels=16, weights=(0.0, 0.0, 0.0, 0.5, 0.5))
-    return pipe
-
-
-def test_its_map_and_score_come_with_the_others(with_discriminator, good_images, tmp_path):
-    image = good_images[0]
-    output = with_discriminator(image, score_type="discriminator")
-    np.testing.assert_array_equal(output.anomaly_map, output.discriminator_map)
-    assert "discriminator" in output.scores
-    assert with_discriminator(image, mode="paper").discriminator_map is None
-
-    with_discriminator.save_pretrained(tmp_path)
-    loaded = RADPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    np.testing.assert_allclose(loaded(image).discriminator_map, output.discriminator_map, rtol=1e-4, atol=1e-4)
-
-
-def test_one_image_or_other_categories_are_refused(small_pipeline_without_normality, good_images):
-    with pytest.raises(ValueError, match="at least two images"):
-        small_pipeline_without_normality.fit_discriminator(good_images[:1])
-    with pytest.raises(ValueError, match="1 categories were given for 2 images"):
-        small_pipeline_without_normality.fit_discriminator(good_images[:2], categories=["a"])

@@ -1,4 +1,4 @@
-"""Frozen features: the weights are the right ones, frozen, calibrated, and there with no network."""
+"""Frozen features: the weights are the right ones, frozen, fitted, and there with no network."""
 
 import socket
 
@@ -161,12 +161,12 @@ def _smaller(image: torch.Tensor, times: int) -> torch.Tensor:
     return F.interpolate(image[None], scale_factor=1 / times, mode="bilinear", antialias=True)
 
 
-# Calibration
+# Fitting
 
 
-def test_calibrated_channels_have_mean_zero_and_deviation_one(extractor, photographs):
+def test_fitted_channels_have_mean_zero_and_deviation_one(extractor, photographs):
     raw = extractor(photographs)
-    extractor.fit([photographs[:2], photographs[2:]])
+    assert extractor.fit([photographs[:2], photographs[2:]]) is extractor
     features = extractor(photographs).transpose(0, 1).flatten(1)
     np.testing.assert_allclose(features.mean(1), 0.0, atol=1e-4)
     np.testing.assert_allclose(features.std(1, correction=0), 1.0, atol=1e-3)
@@ -175,20 +175,20 @@ def test_calibrated_channels_have_mean_zero_and_deviation_one(extractor, photogr
     np.testing.assert_allclose(extractor.channel_std, scaled.std(1, correction=0), rtol=1e-3)
 
 
-def test_calibrating_again_starts_afresh(extractor, photographs):
+def test_fitting_again_starts_afresh(extractor, photographs):
     extractor.fit([photographs])
     first = extractor.channel_std.clone()
     extractor.fit([photographs])
     torch.testing.assert_close(extractor.channel_std, first)
 
 
-def test_calibration_is_saved(extractor, photographs, tmp_path):
+def test_what_was_fitted_is_saved(extractor, photographs, tmp_path):
     extractor.fit([photographs])
     extractor.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert torch.equal(RADFeatureExtractor.from_pretrained(tmp_path)(photographs), extractor(photographs))
 
 
-def test_calibrating_on_nothing_is_refused(extractor):
+def test_fitting_on_nothing_is_refused(extractor):
     with pytest.raises(ValueError, match="at least one batch"):
         extractor.fit([])
