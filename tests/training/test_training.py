@@ -1,6 +1,6 @@
 """Training as a user runs it: from a data set on disk or the Hub to a pipeline folder, however often interrupted."""
 
-import inspect
+import argparse
 import json
 import logging
 import os
@@ -19,16 +19,25 @@ import pytest
 import torch
 import train
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from checkpoints import checkpoints_of
 from conftest import new_pipeline, texture
 from huggingface_hub import HfApi, ModelCard
+from launching import TRACKERS
+from measuring import measure_test_split
+from optimisation import create_average, create_lr_scheduler, create_optimizer
 from PIL import Image
 from processes import start_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from validation import validate
 
-from rad import RADPipeline, RADUNet2DModel
+from rad import RADFeatureExtractor, RADPipeline, RADUNet2DModel
+from rad.data import load_dataset
 from rad.data.synthetic import write_synthetic
+from rad.losses import compute_losses
+from rad.pipeline_loading import EMBEDDED_DIR
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--resolution", "64", "--crop_size", "32", "--train_batch_size", "8", "--lr_scheduler"]
@@ -81,11 +90,11 @@ def photos(data_dir, tmp_path_factory):
     return folder
 
 
-def run(*flags) -> None:
+def run(*flags, namespace=argparse.Namespace) -> None:
     """The training script in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    train.main(train.parse_args([str(flag) for flag in flags]))
+    train.main(namespace(**vars(train.parse_args([str(flag) for flag in flags]))))
 
 
 def train_on(data_dir, output_dir, *flags) -> Path:
@@ -138,7 +147,7 @@ def test_training_ends_in_a_pipeline_that_scores(whole, data_dir):
 
 
 def test_checkpoints_are_whole_and_nothing_else_is_left(whole):
-    assert [path.name for path in train.checkpoints_of(whole)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints_of(whole)] == ["checkpoint-2", "checkpoint-4"]
     assert not list(whole.glob(".partial*"))
 
 
@@ -168,6 +177,54 @@ def test_the_estimate_and_the_speed_are_told_and_that_no_checkpoint_is_there_yet
     )
 
 
+def test_validation_takes_one_pass_a_timestep(two_category_pipeline, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unet, passes = two_category_pipeline.unet, []
+    x_0, labels = torch.rand(2, 3, 64, 64) * 2 - 1, torch.tensor([0, 1])
+    hook = unet.register_forward_hook(lambda module, inputs, output: passes.append(inputs))
+    try:
+        validate(Accelerator(cpu=True, project_dir=tmp_path), two_category_pipeline, unet, x_0, labels, 7)
+    finally:
+        hook.remove()
+    assert [int(t[0]) for _, t, _ in passes] == [20, 201, 401]
+    assert all(torch.equal(given, labels) for *_, given in passes)
+    assert Image.open(tmp_path / "validation" / "step-000007.png").width > 500
+
+
+def measured(data_dir, output_dir, pipeline) -> tuple[dict[str, float], list]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = train.parse_args(
+        ["--train_data_dir", str(data_dir), "--output_dir", str(output_dir), "--category", "brick"]
+    )
+    return measure_test_split(args, Accelerator(cpu=True), pipeline)
+
+
+def test_test_images_and_masks_that_cannot_be_read_are_left_out(pipeline, data_dir, tmp_path, caplog):
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    expected, defective = measured(folder, tmp_path, pipeline)
+    assert set(expected) == {"image_auroc", "pixel_auroc", "pixel_ap", "aupro"}
+    kind = defective[0].parent
+    (kind / "broken.png").write_bytes(b"no image")
+    shutil.copy(defective[0], kind / "other.png")
+    (folder / "brick" / "ground_truth" / kind.name / "other_mask.png").write_bytes(b"no mask")
+    found, still = measured(folder, tmp_path, pipeline)
+    assert found == expected and still == defective
+    assert "Not measured: broken.png" in caplog.text and "other.png cannot be read" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("without", ["test/good", "ground_truth"])
+def test_a_test_split_without_good_images_or_masks_is_not_measured(pipeline, data_dir, tmp_path, caplog, without):
+    caplog.set_level(logging.INFO)
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    shutil.rmtree(folder / "brick" / without)
+    metrics, defective = measured(folder, tmp_path, pipeline)
+    assert metrics == {} and len(defective) == len(list(folder.glob("brick/test/*/*.png"))) - 2 * (
+        "good" not in without
+    )
+    assert "Not measured: the test split of 'brick' has no good images, or none with a mask." in caplog.text
+
+
 def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["training/train.py", "--train_data_dir", "bricks", "--hub_token", "hf_secret"])
     folder = train_on(data_dir, tmp_path / "model", "--max_train_steps", "1", "--evaluate", "--category", "brick")
@@ -189,26 +246,25 @@ def test_killed_and_resumed_gives_the_very_same_weights(whole, data_dir, tmp_pat
         time.sleep(0.01)
     process.kill()
     process.join()
-    checkpoints = train.checkpoints_of(tmp_path)
+    checkpoints = checkpoints_of(tmp_path)
     assert checkpoints and process.exitcode == -signal.SIGKILL
     for later in checkpoints[1:]:  # it may have got further before it was killed
         shutil.rmtree(later)
-    (tmp_path / ".partial-checkpoint-4").mkdir(exist_ok=True)
-    (tmp_path / ".partial-checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".partial-7-checkpoint-4").mkdir()
+    (tmp_path / ".partial-7-checkpoint-4" / "model.safetensors").write_bytes(b"half")
     train_on(data_dir, tmp_path, *STEPS, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path, whole)
     assert not list(tmp_path.glob(".partial*"))
 
 
 def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, monkeypatch):
-    compute_losses = train.compute_losses
     for number, start, end in ((signal.SIGTERM, 0, 1), (signal.SIGINT, 1, 3)):
         calls = []
 
         def interrupting(unet, *args, number=number, calls=calls, step=end - start):
             if unet.training and torch.is_grad_enabled():
                 calls.append(1)
-                if len(calls) == 4 + step:  # the estimate takes four passes
+                if len(calls) == step:
                     os.kill(os.getpid(), number)
             return compute_losses(unet, *args)
 
@@ -216,7 +272,7 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, mo
         with pytest.raises(SystemExit) as stopped:
             train_on(data_dir, tmp_path, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
         assert stopped.value.code == 128 + number
-        assert [path.name for path in train.checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-3"][: 1 + start]
+        assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-3"][: 1 + start]
     monkeypatch.undo()
     train_on(data_dir, tmp_path, *STEPS, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path, whole)
@@ -231,7 +287,7 @@ def test_a_launcher_that_is_stopped_stops_the_run(data_dir, tmp_path):
         env=environment(),
         stderr=(tmp_path / "log").open("w"),
     )
-    while not train.checkpoints_of(tmp_path) and process.poll() is None:
+    while not checkpoints_of(tmp_path) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # accelerate's launcher does not pass it on
     process.wait()
@@ -239,7 +295,7 @@ def test_a_launcher_that_is_stopped_stops_the_run(data_dir, tmp_path):
     while "Stopped at step" not in (tmp_path / "log").read_text() and time.monotonic() < end:
         time.sleep(0.1)
     step = (tmp_path / "log").read_text().split("Stopped at step ")[1].split(":")[0]
-    assert train.checkpoints_of(tmp_path)[-1].name == f"checkpoint-{step}"
+    assert checkpoints_of(tmp_path)[-1].name == f"checkpoint-{step}"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(whole, data_dir, tmp_path, caplog):
@@ -291,7 +347,7 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(whole, data_di
     folder = shutil.copytree(whole, tmp_path / "model")
     flags = ["--max_train_steps", "3", "--checkpoints_total_limit", "1"]
     train_on(data_dir, folder, *flags, "--resume_from_checkpoint", folder / "checkpoint-2")
-    assert [path.name for path in train.checkpoints_of(folder)] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-3"]
 
 
 def test_data_may_move_between_runs(whole, data_dir, tmp_path):
@@ -309,6 +365,7 @@ def test_data_may_move_between_runs(whole, data_dir, tmp_path):
 
 def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
     flags = [*STEPS, "--train_batch_size", "4", "--report_to", "tensorboard", "--discriminator_steps", "2"]
+    flags += ["--evaluate"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", "training/accelerate_configs/multi_cpu.yaml"]
     result = subprocess.run(
@@ -327,6 +384,12 @@ def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
     )
     assert np.allclose(together.anomaly_map, alone.anomaly_map, atol=0.05)
     assert np.isclose(together.threshold, alone.threshold, atol=0.05)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    pipeline, args = RADPipeline.from_pretrained(tmp_path), train.parse_args(["--train_data_dir", str(data_dir)])
+    args.output_dir = tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
+    by_one, _ = measure_test_split(args, Accelerator(cpu=True), pipeline)
+    assert np.allclose(sorted(by_one.values()), sorted(result.metric_value for result in results), atol=1e-3)
 
 
 def test_fsdp_with_averaged_weights_is_refused(photos, tmp_path, monkeypatch):
@@ -348,11 +411,70 @@ def test_accelerate_reads_the_ready_configurations(path):
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_flag_that_is_parsed_is_used():
-    source = inspect.getsource(train)
-    names = vars(train.parse_args(["--train_data_dir", "x"]))
-    unused = [name for name in names if f"args.{name}" not in source.split("def load_good_images")[1]]
-    assert not unused
+class Watched(argparse.Namespace):
+    """Arguments that remember which of them were read."""
+
+    read = set()
+
+    def __getattribute__(self, name):
+        type(self).read.add(name)
+        return super().__getattribute__(name)
+
+
+def test_every_flag_is_read_by_a_run_and_reaches_what_it_is_for(hub, photos, tmp_path, monkeypatch):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "broken.png").write_bytes(b"no image")
+    given = {}
+
+    def load_hub_dataset(*columns):
+        given["data"] = columns
+        return load_dataset(folder, "folder", "train")
+
+    def from_timm(*backbone, **grid):
+        given["backbone"] = (*backbone, grid)
+        return RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
+
+    monkeypatch.setattr(train, "load_hub_dataset", load_hub_dataset)
+    monkeypatch.setattr(RADFeatureExtractor, "from_timm", from_timm)
+    monkeypatch.setattr(Watched, "read", set())
+    data = "--dataset_name name --dataset_config_name config --dataset_split split --image_column image"
+    data += " --category_column kind --label_column label --category a b --cache_dir cache"
+    flags = "--push_to_hub --hub_model_id user/rad --hub_token hf_user --backbone net --feature_stride 8"
+    flags += " --no-standardise_channels --context 0.5 --map_weights 1 2 3 4 5 --image_weights 6 5 4 3 2 1"
+    args = [*data.split(), "--output_dir", tmp_path / "model", *SMALL, *flags.split(), "--max_train_steps", "1"]
+    run(*args, "--skip_unreadable", namespace=Watched)
+    local = train.parse_args(["--train_data_dir", str(photos), "--dataset_format", "folder"])
+    assert len(train.load_good_images(Watched(**vars(local)))) == 10
+
+    assert not set(vars(local)) - Watched.read
+    assert given["data"] == ("name", "config", "split", "image", "kind", "label", ["a", "b"], "hf_user", "cache")
+    assert given["backbone"] == ("net", {"feature_stride": 8})
+    pipeline = RADPipeline.from_pretrained(tmp_path / "model")
+    assert (pipeline.feature_extractor.channel_std == 1).all() and not pipeline.feature_extractor.channel_mean.any()
+    config = pipeline.normality.config
+    names = ["pixel", "feature", "residual", "mahalanobis", "discriminator"]
+    assert config.context == 0.5 and config.weights == dict(zip(names, (1, 2, 3, 4, 5), strict=True))
+    assert config.image_weights == dict(zip([*names, "global"], (6, 5, 4, 3, 2, 1), strict=True))
+
+
+def test_flags_of_the_optimiser_reach_it():
+    flags = "--learning_rate 0.5 --adam_beta1 0.1 --adam_beta2 0.2 --adam_weight_decay 0.3 --adam_epsilon 0.4"
+    flags += " --lr_scheduler polynomial --lr_warmup_steps 2 --lr_power 2 --max_train_steps 12"
+    flags += " --ema_max_decay 0.9 --ema_inv_gamma 2 --ema_power 0.5"
+    args, network = train.parse_args(["--train_data_dir", "x", *flags.split()]), torch.nn.Linear(1, 1)
+    network.config = {}
+    optimizer = create_optimizer(args, network)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
+    schedule, rates = create_lr_scheduler(args, optimizer), []
+    for _ in range(12):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert np.allclose(rates[:3], [0, 0.25, 0.5]) and np.isclose(rates[7], 0.5 * 0.5**2, rtol=1e-3)
+    average = create_average(args, network)
+    assert (average.decay, average.inv_gamma, average.power) == (0.9, 2, 0.5)
+    assert create_average(train.parse_args(["--train_data_dir", "x", "--no-use_ema"]), network) is None
 
 
 def test_help_shows_groups_and_defaults(capsys):
@@ -400,8 +522,8 @@ def test_snr_gamma_weighs_clean_images_less(pipeline):
     batch = {"x_0": x_0, "noise": torch.randn_like(x_0), "timesteps": torch.tensor([20, 20])}
     features = pipeline.feature_extractor(x_0)
     with torch.no_grad():
-        plain = train.compute_losses(pipeline.unet, pipeline.scheduler, batch, features)
-        weighed = train.compute_losses(pipeline.unet, pipeline.scheduler, batch, features, 5.0)
+        plain = compute_losses(pipeline.unet, pipeline.scheduler, batch, features)
+        weighed = compute_losses(pipeline.unet, pipeline.scheduler, batch, features, 5.0)
     abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[20]
     assert np.isclose(float(weighed[0] / plain[0]), 5 / (abar / (1 - abar)), rtol=1e-4)
     assert torch.equal(weighed[1:], plain[1:])
@@ -433,7 +555,7 @@ def test_fit_only_keeps_the_network(whole, photos, tmp_path, caplog):
     assert_same_weights(folder, whole)
     pipeline = RADPipeline.from_pretrained(folder)
     assert list(pipeline.normality.config.categories) == ["bricks"] and pipeline.normality.config.num_scores == 10
-    assert not train.checkpoints_of(folder) and "Estimated: 0 minutes for normality" in caplog.text
+    assert not checkpoints_of(folder) and "Estimated: 0 minutes for normality" in caplog.text
     assert "only normality was fitted" in (folder / "README.md").read_text() and (folder / "results.png").exists()
 
 
@@ -452,7 +574,7 @@ def test_a_missing_package_is_named(photos, tmp_path, monkeypatch, module):
         module, ["--report_to", module]
     )
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(train.TRACKERS, module, lambda: False)
+    monkeypatch.setitem(TRACKERS, module, lambda: False)
     data = [] if module == "datasets" else ["--train_data_dir", photos]
     with pytest.raises(ImportError, match=f"pip install {module}"):
         run(*data, "--output_dir", tmp_path / "model", *SMALL, *flags)
@@ -489,13 +611,13 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "model")
     with pytest.raises(ValueError, match="holds a model .*--overwrite_output_dir"):
         train_on(photos, folder, "--max_train_steps", "1")
-    for checkpoint in train.checkpoints_of(folder):
+    for checkpoint in checkpoints_of(folder):
         shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="holds a model"):  # "latest" would start at step 0
         train_on(photos, folder, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
     assert_same_weights(folder, whole)
     train_on(photos, folder, "--max_train_steps", "1", "--overwrite_output_dir")
-    assert [path.name for path in train.checkpoints_of(folder)] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-1"]
     assert list(RADPipeline.from_pretrained(folder).normality.config.categories) == ["bricks"]
 
 
@@ -581,4 +703,4 @@ def test_a_refused_token_costs_no_training(hub, photos, tmp_path):
         train_on(
             photos, tmp_path / "model", "--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_token", "hf_no"
         )
-    assert not train.checkpoints_of(tmp_path / "model")
+    assert not checkpoints_of(tmp_path / "model")
