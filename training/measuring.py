@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 from rad import RADPipeline
 from rad.data import load_dataset
@@ -20,8 +21,14 @@ logger = logging.getLogger("rad.train")
 def measure_test_split(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline
 ) -> tuple[dict[str, float], list[ImageInput]]:
-    """Metrics of the fused score on the test split, means over categories, and its defective images; each process
-    scores its share. No metrics where there is no such split, or a category of it lacks good images or masks."""
+    """Metrics of the fused score on the test split, means over categories, and its defective images.
+
+    Each process scores its share, the main one gets the metrics. There are none where there is no such split, or a
+    category of it lacks good images or masks. Images that cannot be read are named and left out.
+
+    Raises:
+        OSError: There is no room for the maps in --output_dir, where they are kept meanwhile.
+    """
     if args.dataset_name:
         return {}, []
     try:
@@ -50,12 +57,20 @@ def measure_test_split(
             logger.info(f"Not measured: the test split of {category!r} has no good images, or none with a mask.")
             return {}, defective
 
+    if not masked:
+        return {}, []
+
     folder = Path(args.output_dir) / ".partial-records"
-    records = score_dataset(pipeline, tests, list(masked), folder)
-    metrics = {}
+    try:
+        records = score_dataset(pipeline, tests, list(masked), folder)
+    except SafetensorError as error:
+        raise OSError(f"What test images score could not be kept in {folder} ({error}).") from error
+    categories = sorted({record.category for record in records})
+    means = {}
     if accelerator.is_main_process:
-        by_category = [[r for r in records if r.category == name] for name in {r.category for r in records}]
-        means = mean_metrics(measure_records(members, "fused") for members in by_category)
-        metrics = {name: means[name] for name in METRICS if means}
+        members = ([record for record in records if record.category == category] for category in categories)
+        means = mean_metrics(measure_records(own, "fused") for own in members)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         shutil.rmtree(folder)
-    return metrics, defective
+    return {name: value for name, value in means.items() if name in METRICS}, defective
