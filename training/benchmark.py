@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -88,7 +89,13 @@ def side_by_side(candidates: dict[str, Callable[[], object]], rounds: int) -> di
 class Trainer:
     """A network with its optimiser and average, to be stepped on any batch."""
 
-    def __init__(self, precision: torch.dtype = torch.float32, channels_last: bool = False, compiled=False, **config):
+    def __init__(
+        self,
+        precision: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        compiled: bool = False,
+        **config: Any,
+    ) -> None:
         torch.manual_seed(0)
         self.extractor = RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
         self.unet = RADUNet2DModel(feature_channels=self.extractor.num_channels, **config)
@@ -154,7 +161,7 @@ def time_loops(args: argparse.Namespace) -> None:
         with torch.no_grad():
             features = torch.cat([cached.extractor(from_uint8(chunk)) for chunk in images.chunks()])
 
-        def batches(crop_prob: float, **augmentation) -> Iterator[dict[str, torch.Tensor]]:
+        def batches(crop_prob: float, **augmentation: float) -> Iterator[dict[str, torch.Tensor]]:
             batch_size = BATCH_SIZE if crop_prob else BATCH_SIZE // 4
             sampler = TrainingSampler(16, batch_size, RESOLUTION, CROP_SIZE, crop_prob)
             return iter(DataLoader(images, batch_sampler=sampler, collate_fn=TrainingCollator(500, **augmentation)))

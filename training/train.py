@@ -48,7 +48,7 @@ from rad.evaluation import evenly
 from rad.files import remove_partials
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
-from rad.models.normality import IMAGE_WEIGHTS, WEIGHTS
+from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
 from rad.pipeline_loading import EMBEDDED_DIR
 
 logger = logging.getLogger("rad.train")
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     # 4. Statistics of good images
     pipeline.set_progress_bar_config(desc="Fitting normality", disable=not show_progress)
     fusion = {
-        "weights": args.map_weights and dict(zip(WEIGHTS, args.map_weights, strict=True)),
+        "weights": args.map_weights and dict(zip(MAP_WEIGHTS, args.map_weights, strict=True)),
         "image_weights": args.image_weights and dict(zip(IMAGE_WEIGHTS, args.image_weights, strict=True)),
         "context": args.context,
     }
