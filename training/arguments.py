@@ -182,6 +182,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         parser.error("--feature_stride belongs to --backbone: the embedded extractor has its own.")
     if args.backbone and args.pretrained_model_name_or_path:
         parser.error("--backbone cannot be changed in a pretrained pipeline.")
+    if not args.standardise_channels and (args.pretrained_model_name_or_path or args.fit_only):
+        parser.error("--no-standardise_channels belongs to a new extractor: a pretrained pipeline's keeps its scale.")
     if args.hub_token and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb: use `hf auth login` in its place.")
     return args

@@ -42,7 +42,7 @@ def save_checkpoint(
     """Saves the training state: a checkpoint folder is always whole.
 
     Args:
-        step: Of the optimiser, that have been made.
+        step: How many steps the optimiser has made.
         run: What a run that goes on from here must have in common with this one.
         limit: Older checkpoints than the last `limit` are deleted.
     """

@@ -123,7 +123,7 @@ def decode_images(
     return {index: image for index, (image, _) in results.items()}
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- networks ---------------------------------------------------------------------------------------------------------
 
 
 def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipeline:
@@ -171,96 +171,7 @@ def check_resolution(pipeline: RADPipeline) -> None:
         raise ValueError(f"--resolution must be a multiple of {step} pixels, got {pipeline.config.resolution}.")
 
 
-# -- main -------------------------------------------------------------------------------------------------------------
-
-
-def main(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
-    accelerator = create_accelerator(args)
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    show_progress = accelerator.is_local_main_process
-    check_output_dir(output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remove_partials(output_dir)
-        if args.overwrite_output_dir and not args.resume_from_checkpoint:
-            for checkpoint in checkpoints_of(output_dir):
-                shutil.rmtree(checkpoint)
-        if args.push_to_hub:  # first of all, so that a refused token costs no training
-            args.hub_model_id = create_repo(args)
-    set_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-
-    # 1. Good images: decoded once; a share is kept away from training, for the thresholds
-    dataset = load_good_images(args)
-    pipeline = initial_pipeline(args, dataset.categories)
-    args.resolution = pipeline.config.resolution
-    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
-    decoded = decode_images(args, dataset, sorted(chosen.tolist()), pipeline.image_processor, show_progress)
-    holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
-    train, holdout = dataset.split_holdout(0.0 if args.fit_only else holdout_fraction, args.seed, sorted(decoded))
-
-    # 2. Training
-    pipeline.to(accelerator.device)
-    if args.fit_only:
-        estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
-    else:
-        train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
-
-    # 3. The discriminator, on the network's own images: those held out stay unseen. Weights are rounded to half
-    # precision first: what is measured is what is saved
-    pipeline.unet.half().float().eval()
-    pipeline.feature_extractor.half().float()
-    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
-    category = {i: dataset[i].category for i in decoded}
-    if not args.fit_only:
-        pipeline.register_modules(discriminator=None)
-    if args.discriminator_steps and not args.fit_only:
-        pipeline.set_progress_bar_config(desc="Training the discriminator", disable=not show_progress)
-        start, names = time.monotonic(), [category[i] for i in train]
-        fit_discriminator(pipeline, [image[i] for i in train], names, args.discriminator_steps, seed=args.seed)
-        for tensor in pipeline.discriminator.state_dict().values():  # GPUs do not round alike
-            broadcast(tensor)
-        logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
-
-    # 4. Statistics of good images
-    pipeline.set_progress_bar_config(desc="Fitting normality", disable=not show_progress)
-    fusion = {
-        "weights": args.map_weights and dict(zip(MAP_WEIGHTS, args.map_weights, strict=True)),
-        "image_weights": args.image_weights and dict(zip(IMAGE_WEIGHTS, args.image_weights, strict=True)),
-        "context": args.context,
-    }
-    start = time.monotonic()
-    pipeline.fit_normality(
-        [image[i] for i in train],
-        holdout_images=[image[i] for i in holdout] or None,
-        categories=[category[i] for i in train],
-        holdout_categories=[category[i] for i in holdout] or None,
-        accelerator=accelerator,
-        **{name: value for name, value in fusion.items() if value is not None},
-    )
-    logger.info(f"Fitted normality in {(time.monotonic() - start) / 60:.1f} minutes.")
-    num_scores = pipeline.normality.config.num_scores
-    logger.info(
-        f"Thresholds rest on {num_scores} good images that the fit did not see: false-alarm rates below "
-        f"{1 / (num_scores + 1):.1%} are extrapolated."
-    )
-
-    # 5. The pipeline, what it can do, and its card; all processes measure, one writes
-    if accelerator.is_main_process:
-        save_model(pipeline, output_dir)
-        logger.info(f"Saved the pipeline to {output_dir}.")
-    metrics, pictured = {}, []
-    if args.evaluate:
-        metrics, defective = measure_test_split(args, accelerator, pipeline)
-        shown = defective or [dataset[i].image for i in holdout or train]
-        pictured = [shown[i] for i in evenly(len(shown), 3)]
-    if accelerator.is_main_process:
-        write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
-        if args.push_to_hub:
-            logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
-    accelerator.end_training()
+# -- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def train_unet(
@@ -448,6 +359,98 @@ def train_unet(
     if ema:
         ema.copy_to(trained.parameters())
     pipeline.register_modules(unet=trained)
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir)
+    accelerator = create_accelerator(args)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    show_progress = accelerator.is_local_main_process
+    check_output_dir(output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_partials(output_dir)
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            for checkpoint in checkpoints_of(output_dir):
+                shutil.rmtree(checkpoint)
+        if args.push_to_hub:  # first of all, so that a refused token costs no training
+            args.hub_model_id = create_repo(args)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+
+    # 1. Good images: decoded once; a share is kept away from training, for the thresholds
+    dataset = load_good_images(args)
+    pipeline = initial_pipeline(args, dataset.categories)
+    args.resolution = pipeline.config.resolution
+    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
+    decoded = decode_images(args, dataset, sorted(chosen.tolist()), pipeline.image_processor, show_progress)
+    holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
+    train, holdout = dataset.split_holdout(0.0 if args.fit_only else holdout_fraction, args.seed, sorted(decoded))
+
+    # 2. Training
+    pipeline.to(accelerator.device)
+    if args.fit_only:
+        estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
+    else:
+        train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
+
+    # 3. The discriminator, on the network's own images: those held out stay unseen. Weights are rounded to half
+    # precision first: what is measured is what is saved
+    pipeline.unet.half().float().eval()
+    pipeline.feature_extractor.half().float()
+    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
+    category = {i: dataset[i].category for i in decoded}
+    if not args.fit_only:
+        pipeline.register_modules(discriminator=None)
+    if args.discriminator_steps and not args.fit_only:
+        pipeline.set_progress_bar_config(desc="Training the discriminator", disable=not show_progress)
+        start, names = time.monotonic(), [category[i] for i in train]
+        fit_discriminator(pipeline, [image[i] for i in train], names, args.discriminator_steps, seed=args.seed)
+        for tensor in pipeline.discriminator.state_dict().values():  # GPUs do not round alike
+            broadcast(tensor)
+        logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+    # 4. Statistics of good images
+    pipeline.set_progress_bar_config(desc="Fitting normality", disable=not show_progress)
+    fusion = {
+        "weights": args.map_weights and dict(zip(MAP_WEIGHTS, args.map_weights, strict=True)),
+        "image_weights": args.image_weights and dict(zip(IMAGE_WEIGHTS, args.image_weights, strict=True)),
+        "context": args.context,
+    }
+    start = time.monotonic()
+    pipeline.fit_normality(
+        [image[i] for i in train],
+        holdout_images=[image[i] for i in holdout] or None,
+        categories=[category[i] for i in train],
+        holdout_categories=[category[i] for i in holdout] or None,
+        accelerator=accelerator,
+        **{name: value for name, value in fusion.items() if value is not None},
+    )
+    logger.info(f"Fitted normality in {(time.monotonic() - start) / 60:.1f} minutes.")
+    num_scores = pipeline.normality.config.num_scores
+    logger.info(
+        f"Thresholds rest on {num_scores} good images that the fit did not see: false-alarm rates below "
+        f"{1 / (num_scores + 1):.1%} are extrapolated."
+    )
+
+    # 5. The pipeline, what it can do, and its card; all processes measure, one writes
+    if accelerator.is_main_process:
+        save_model(pipeline, output_dir)
+        logger.info(f"Saved the pipeline to {output_dir}.")
+    metrics, pictured = {}, []
+    if args.evaluate:
+        metrics, defective = measure_test_split(args, accelerator, pipeline)
+        shown = defective or [dataset[i].image for i in holdout or train]
+        pictured = [shown[i] for i in evenly(len(shown), 3)]
+    if accelerator.is_main_process:
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
+        if args.push_to_hub:
+            logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def validate(
         unet: The pipeline's, as it is trained.
         x_0: The images [B, 3, S, S] in [-1, 1].
         labels: Their class labels, [B], for a network with categories.
-        step: Of the optimiser, that have been made.
+        step: How many steps the optimiser has made.
     """
     scheduler, timesteps, losses = pipeline.scheduler, pipeline.scheduler.default_timesteps, []
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)

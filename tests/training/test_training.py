@@ -633,6 +633,7 @@ def test_another_model_is_not_overwritten(whole, photos, tmp_path):
         (["--fit_only", "--resume_from_checkpoint", "latest"], "--resolution has no use"),
         (["--hub_tok", "hf_secret"], "unrecognized arguments"),
         (["--model_config", "ran", "--init_from", "x.pt"], "give one of --init_from and --model_config"),
+        (["--no-standardise_channels", "--pretrained_model_name_or_path", "mtd"], "belongs to a new extractor"),
         (["--feature_stride", "4"], "--feature_stride belongs to --backbone"),
         (["--dataset_name", "user/data"], "give either --train_data_dir or --dataset_name"),
         (["--max_train_steps", "1", "--num_train_epochs", "1"], "give either --max_train_steps"),
