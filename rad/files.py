@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a hidden path beside `path`, for a file or a folder, that takes its place once the block has ended well.
 
     If the block raises, what it wrote is removed and what stood at `path` stays. The hidden name ends like `path`'s,

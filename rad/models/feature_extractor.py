@@ -92,7 +92,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         """
         self.channel_mean.zero_()
         self.channel_std.fill_(1.0)
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             features = self(images).double().transpose(0, 1).flatten(1)
             count += features.shape[1]

@@ -188,7 +188,8 @@ def test_validation_takes_one_pass_a_timestep(two_category_pipeline, tmp_path):
         hook.remove()
     assert [int(t[0]) for _, t, _ in passes] == [20, 201, 401]
     assert all(torch.equal(given, labels) for *_, given in passes)
-    assert Image.open(tmp_path / "validation" / "step-000007.png").width > 500
+    with Image.open(tmp_path / "validation" / "step-000007.png") as picture:
+        assert picture.width > 500
 
 
 def measured(data_dir, output_dir, pipeline) -> tuple[dict[str, float], list]:
