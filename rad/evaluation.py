@@ -1,17 +1,16 @@
-"""A pipeline on images whose truth is known: the test images of a data set, or good ones with defects pasted on.
+"""The one way to measure: what a method finds on images whose truth is known, and the metrics of that.
 
-`score_dataset` keeps what it finds in files, one for each image, so that it can go on where it was stopped, several
-processes can share the work, and maps are read when they are needed.
+`score_dataset` for a pipeline and `keep_records` for any method keep what they find in files, one for each image: they
+go on where they were stopped, several processes share the work, and maps are read when they are needed.
 """
 
 import hashlib
-import inspect
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,20 @@ from safetensors.numpy import save_file
 from scipy.stats import betabinom, binom
 from tqdm.auto import tqdm
 
-from . import __version__
 from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
-from .image_processor import decode, to_pil
-from .metrics import image_auroc, image_metrics, pixel_curves, pixel_metrics
+from .files import whole
+from .image_processor import ImageInput, decode, to_pil
+from .metrics import image_metrics, pixel_curves, pixel_metrics
 from .models.evidence import GLOBAL
-from .pipeline_rad import RADPipeline, RADPipelineOutput
+from .pipeline_rad import RADPipeline
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 HALF_MAX = float(np.finfo(np.float16).max)
+LIBRARIES = ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffusers")  # that results depend on
+SOURCE = Path(__file__).parent
+# Of its modules those that show, publish or watch: no number depends on them
+PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "monitor.py", "report.py", "visualization.py")
 
 
 def evenly(count: int, limit: int | None) -> list[int]:
@@ -45,117 +48,71 @@ def evenly(count: int, limit: int | None) -> list[int]:
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
-def test_images(dataset: AnomalyDataset, size: tuple[int, int], limit: int | None = None) -> list[dict[str, Any]]:
-    """Images of a test split: {"image", "mask" (bool [size], or None), "label", "category", "defect"}.
+class DrawnDefects(AnomalyDataset):
+    """Good images, each as it is (2 i) and again with a drawn defect (2 i + 1): defects of which all is known.
 
     Args:
-        dataset: The test split.
-        size: Height and width of the masks.
-        limit: At most this many, evenly picked.
+        dataset: Of good images.
+        count: Take so many of them, evenly spread.
+        seed: Of the defects, whose kinds take turns.
     """
-    return [
-        {
-            "image": sample.image,
-            "mask": dataset.mask(i, size),
-            "label": sample.label,
-            "category": sample.category,
-            "defect": sample.defect,
-        }
-        for i in evenly(len(dataset), limit)
-        for sample in [dataset[i]]
-    ]
+
+    def __init__(self, dataset: AnomalyDataset, count: int, seed: int = 0):
+        self.dataset, self.seed, self.picked = dataset, seed, evenly(len(dataset), count)
+        samples = []
+        for position, i in enumerate(self.picked):
+            image, category = dataset.samples[i].image, dataset.samples[i].category
+            samples += [Sample(image, category), Sample(image, category, DEFECTS[position % len(DEFECTS)])]
+        super().__init__(samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image, and the mask of its defect as an image, drawn when they are asked for."""
+        i, sample = self.picked[index // 2], self.samples[index]
+        image = self.dataset[i].image
+        if not sample.label:
+            return Sample(image, sample.category)
+        rng = np.random.default_rng([self.seed, i])
+        pixels = np.asarray(decode(image))
+        bad, mask = add_defect(pixels, sample.defect, rng.uniform(0.1, 1.0), rng)
+        return Sample(Image.fromarray(bad), sample.category, sample.defect, Image.fromarray(mask))
 
 
-test_images.__test__ = False  # no test of pytest's
+@dataclass(frozen=True)
+class Truth:
+    """What a data set says of one of its images: `pixels` is its mask, bool [S, S], None where none is known."""
+
+    index: int
+    category: str
+    defect: str
+    pixels: np.ndarray | None
+
+    @property
+    def label(self) -> int:
+        """0 for good, 1 for anomalous."""
+        return int(self.defect != "good")
+
+    @property
+    def has_mask(self) -> bool:
+        return self.pixels is not None
+
+    def mask(self) -> np.ndarray | None:
+        return self.pixels
 
 
-def pasted_defects(dataset: AnomalyDataset, count: int, size: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Like `test_images`, from `count` good images, each once as it is and once with a synthetic defect pasted on."""
-    images = []
-    for position, i in enumerate(evenly(len(dataset), count)):
-        good, rng = decode(dataset[i].image), np.random.default_rng([seed, i])
-        kind = DEFECTS[position % len(DEFECTS)]
-        bad, mask = add_defect(np.asarray(good), kind, rng.uniform(0.1, 1.0), rng)
-        mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
-        common = {"category": dataset[i].category}
-        images.append({"image": good, "mask": np.zeros(size, bool), "label": 0, "defect": "good", **common})
-        images.append(
-            {"image": Image.fromarray(bad), "mask": mask if mask.any() else None, "label": 1, "defect": kind, **common}
-        )
-    return images
+def read_truths(dataset: AnomalyDataset, indices: Iterable[int], size: int) -> list[Truth]:
+    """Of these images, with masks at a square."""
+    samples = {i: dataset.samples[i] for i in indices}
+    return [Truth(i, s.category, s.defect, dataset.mask(i, (size, size))) for i, s in samples.items()]
 
 
-def score_images(
-    pipeline: RADPipeline,
-    images: list[dict[str, Any]],
-    map_size: int = 256,
-    batch_size: int = 4,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Maps [N, map_size, map_size] and scores [N] of each score type.
-
-    Args:
-        images: From `test_images` or `pasted_defects`; the pipeline guesses the categories that it does not know.
-        kwargs: Further arguments of the pipeline.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    known = [] if pipeline.normality is None else pipeline.normality.config.categories
-    maps, scores = {}, {}
-    for start in tqdm(range(0, len(images), batch_size), desc="Scoring"):
-        batch = images[start : start + batch_size]
-        named = all(item["category"] in known for item in batch)
-        output = pipeline(
-            [item["image"] for item in batch],
-            class_labels=[item["category"] for item in batch] if named else None,
-            batch_size=batch_size,
-            **kwargs,
-        )
-        for name, resized in resize_maps(output, map_size).items():
-            maps.setdefault(name, []).append(resized)
-        for name, values in output.scores.items():
-            scores.setdefault(name, []).append(values)
-    return {
-        "maps": {name: np.concatenate(m) for name, m in maps.items()},
-        "scores": {name: np.concatenate(s) for name, s in scores.items()},
-    }
-
-
-def resize_maps(output: RADPipelineOutput, size: int) -> dict[str, np.ndarray]:
-    """The maps of each score type as float32 [B, size, size]; the pipeline's are at each image's own size."""
-    maps = {}
-    for name in (name for name in output.scores if name != GLOBAL):
-        maps[name] = np.stack([resize_map(m, size) for m in output.maps[name]])
-    return maps
-
-
-def resize_map(own_size: np.ndarray, size: int) -> np.ndarray:
-    """A map [h, w] as float32 [size, size]."""
-    own_size = torch.from_numpy(own_size)[None, None].float()
-    return F.interpolate(own_size, (size, size), mode="bilinear", antialias=True)[0, 0].numpy()
-
-
-def measure(images: list[dict], maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """The four metrics of one score; images without a known mask count at image level only."""
-    labels = np.array([item["label"] for item in images])
-    masked = [i for i, item in enumerate(images) if item["mask"] is not None]
-    found = pixel_metrics(maps[masked], np.stack([images[i]["mask"] for i in masked]), (0.3,))
-    return {"image_auroc": image_auroc(scores, labels)} | {name: found[name] for name in METRICS[1:]}
-
-
-def measure_categories(images: list[dict], found: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics of each score for each category, and their means over categories as "mean"."""
-    names = sorted({item["category"] for item in images})
-    results = {}
-    for score_type in found["maps"]:
-        rows = {}
-        for name in names:
-            members = [i for i, item in enumerate(images) if item["category"] == name]
-            rows[name] = measure(
-                [images[i] for i in members], found["maps"][score_type][members], found["scores"][score_type][members]
+def check_truths(truths: Sequence[Truth], name: str) -> None:
+    """Raises ValueError, which calls the images by this name, unless all metrics can be had of each category."""
+    for category in sorted({truth.category for truth in truths}):
+        members = [truth for truth in truths if truth.category == category]
+        if all(t.label for t in members) or not any(t.label and t.has_mask for t in members):
+            raise ValueError(
+                f"The {len(truths)} {name} have no good image or no known mask of category {category!r}: take more."
             )
-        rows["mean"] = {metric: float(np.mean([row[metric] for row in rows.values()])) for metric in METRICS}
-        results[score_type] = rows
-    return results
 
 
 # -- one file for each image ------------------------------------------------------------------------------------------
@@ -174,26 +131,29 @@ class Lazy(Sequence):
         return self.read(self.sources[index])
 
 
-class PastedDataset(AnomalyDataset):
-    """What `pasted_defects` gives, as a data set."""
+@dataclass(frozen=True)
+class Scored:
+    """What a method finds on B images.
 
-    def __init__(self, images: list[dict[str, Any]]):
-        super().__init__([Sample(item["image"], item["category"], item["defect"]) for item in images])
-        self.masks = [item["mask"] for item in images]
+    Attributes:
+        maps: [B, H, W] or B arrays [H, W], which cover the images, of each score that has a map.
+        scores: [B] of each score.
+        p_values: Likewise; empty for a method that has none.
+        categories: Whose statistics were used on each image; empty for a method that has none.
+    """
 
-    def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
-        mask = self.masks[index]
-        if mask is None or size is None or mask.shape == size:
-            return mask
-        return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    maps: dict[str, Sequence[np.ndarray]]
+    scores: dict[str, np.ndarray]
+    p_values: dict[str, np.ndarray] = field(default_factory=dict)
+    categories: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pipeline found on one image; maps and mask are read from the file when they are asked for.
+    """What a method found on one image; maps and mask are read from the file when they are asked for.
 
     Attributes:
-        path: The file, safetensors: a map [S, S] float16 for each score type and, of a defective image with a known
+        path: The file, safetensors: a map [S, S] for each score that has one and, of a defective image with a known
             mask, `mask` [S, S] bool.
         index: Of the image in its data set.
         category, defect: As the data set says.
@@ -227,9 +187,8 @@ class Record:
     def mask(self) -> np.ndarray:
         """Bool [S, S]: what is defective; nothing where no mask is known."""
         with _open(self.path) as file:
-            if "mask" in file.keys():
-                return file.get_tensor("mask")
-            return np.zeros(file.get_slice("fused").get_shape(), bool)
+            names = list(file.keys())
+            return file.get_tensor("mask") if "mask" in names else np.zeros_like(file.get_tensor(names[0]), bool)
 
 
 def score_dataset(
@@ -243,30 +202,59 @@ def score_dataset(
     at_resolution: bool = False,
     **kwargs: Any,
 ) -> list[Record]:
-    """Scores images of a data set, or reads what an earlier run found, and keeps each result in a file of its own.
-
-    A file's name is a hash of all that its content depends on: the pipeline's weights and code, the arguments, the
-    image, its mask and its category. It appears when it is complete. Batches hold one category and are the same for
-    any number of processes, each of which scores its share; all get all records.
+    """A pipeline's records of images of a data set, as `keep_records` makes and keeps them.
 
     Args:
-        indices: Of the images to score.
-        folder: Of the files, the same for all processes; created if need be.
-        map_size: Maps and masks are kept at this square.
+        dataset, indices, folder, map_size, batch_size: As in `keep_records`.
         infer_category: Let the pipeline guess each category.
         at_resolution: Resize images to the pipeline's resolution first, so that maps of that size are not resized.
         kwargs: `mode`, `num_noise_samples` and `seed` of the pipeline.
     """
+    pipeline.set_progress_bar_config(disable=True)
+    known = [] if pipeline.normality is None or infer_category else pipeline.normality.config.categories
+
+    def score(images: list[ImageInput], category: str) -> Scored:
+        if at_resolution:
+            images = to_pil(pipeline.image_processor.preprocess(images)[0])
+        label = category if category in known else None
+        output = pipeline(images, class_labels=label, batch_size=batch_size, **kwargs)
+        p_values = {}
+        if output.p_value is not None:
+            p_values = {n: pipeline.normality.p_value(torch.from_numpy(s), n) for n, s in output.scores.items()}
+        return Scored(output.maps, output.scores, p_values, output.category or ())
+
+    settings = {"infer_category": infer_category, "at_resolution": at_resolution, **dict(sorted(kwargs.items()))}
+    return keep_records(score, fingerprint(pipeline, settings), dataset, indices, folder, map_size, batch_size)
+
+
+def keep_records(
+    score: Callable[[list[ImageInput], str], Scored],
+    fingerprint: "hashlib._Hash",
+    dataset: AnomalyDataset,
+    indices: Sequence[int],
+    folder: str | os.PathLike,
+    map_size: int = 256,
+    batch_size: int = 4,
+    dtype: type = np.float16,
+) -> list[Record]:
+    """Scores images of a data set with any method, or reads what an earlier run found, each from a file of its own.
+
+    A file's name is a hash of all that its content depends on: the method, the arguments, the image, its mask and its
+    category. It appears when it is complete. Batches hold one category and are the same for any number of processes,
+    each of which scores its share; all get all records.
+
+    Args:
+        score: The method: images of one category, and its name.
+        fingerprint: Hash of all that the method depends on.
+        indices: Of the images to score.
+        folder: Of the files, the same for all processes; created if need be.
+        map_size: Maps and masks are kept at this square.
+        dtype: Of the maps as they are kept.
+    """
     folder, state = Path(folder), PartialState()
     folder.mkdir(parents=True, exist_ok=True)
-    if state.is_main_process:
-        for path in folder.glob("*.partial-*"):  # of a run that was killed
-            path.unlink()
-    state.wait_for_everyone()
-    pipeline.set_progress_bar_config(disable=True)
-    known = [] if pipeline.normality is None else pipeline.normality.config.categories
-    settings = {"map_size": map_size, "at_resolution": at_resolution, **dict(sorted(kwargs.items()))}
-    common = fingerprint(pipeline, settings)
+    common = fingerprint.copy()
+    common.update(f"{map_size} {np.dtype(dtype)}".encode())
     batches = []
     for category in sorted({dataset.samples[i].category for i in indices}):
         members = [i for i in indices if dataset.samples[i].category == category]
@@ -275,14 +263,13 @@ def score_dataset(
     names = {}
     own = batches[state.process_index :: state.num_processes]
     for batch in tqdm(own, "Scoring", disable=not state.is_local_main_process):
-        given = dataset.samples[batch[0]].category
-        given = given if given in known and not infer_category else None
+        category = dataset.samples[batch[0]].category
         images, masks = [dataset[i].image for i in batch], [dataset.mask(i, (map_size, map_size)) for i in batch]
         paths = []
         for image, mask in zip(images, masks, strict=True):
             key = common.copy()
             content = image.read_bytes() if isinstance(image, Path) else decode(image).tobytes()
-            for part in (content, b"" if mask is None else mask.tobytes(), str(given).encode()):
+            for part in (content, b"" if mask is None else mask.tobytes(), category.encode()):
                 key.update(hashlib.sha256(part).digest())
             paths.append(folder / f"{key.hexdigest()[:32]}.safetensors")
         names |= {i: path.name for i, path in zip(batch, paths, strict=True)}
@@ -290,56 +277,68 @@ def score_dataset(
             continue
 
         start = time.perf_counter()
-        if at_resolution:
-            images = to_pil(pipeline.image_processor.preprocess(images)[0])
-        output = pipeline(images, class_labels=given, batch_size=batch_size, **kwargs)
+        found = score(images, category)
         seconds = (time.perf_counter() - start) / len(batch)
-        maps, p_values = resize_maps(output, map_size), {}
-        if output.p_value is not None:
-            p_values = {n: pipeline.normality.p_value(torch.from_numpy(s), n) for n, s in output.scores.items()}
         for i, (path, mask) in enumerate(zip(paths, masks, strict=True)):
-            tensors = {name: m[i].clip(-HALF_MAX, HALF_MAX).astype(np.float16) for name, m in maps.items()}
+            tensors = {name: resize_square(maps[i], map_size) for name, maps in found.maps.items()}
+            tensors = {name: m.clip(-HALF_MAX, HALF_MAX).astype(dtype) for name, m in tensors.items()}
             record = {
-                "scores": {name: float(values[i]) for name, values in output.scores.items()},
-                "p_values": {name: float(values[i]) for name, values in p_values.items()},
-                "used_category": output.category[i] if output.category else None,
+                "scores": {name: float(values[i]) for name, values in found.scores.items()},
+                "p_values": {name: float(values[i]) for name, values in found.p_values.items()},
+                "used_category": found.categories[i] if found.categories else None,
                 "has_mask": mask is not None,
                 "seconds": seconds,
             }
-            partial = path.with_suffix(f".partial-{os.getpid()}")
-            save_file(
-                tensors | ({"mask": mask} if mask is not None and mask.any() else {}),
-                partial,
-                metadata={"record": json.dumps(record)},
-            )
-            os.replace(partial, path)
+            tensors |= {"mask": mask} if mask is not None and mask.any() else {}
+            with whole(path) as partial:
+                save_file(tensors, partial, metadata={"record": json.dumps(record)})
 
     names = dict(item for item in gather_object(list(names.items())))
-    return [_read_record(folder / names[i], i, dataset.samples[i]) for i in indices]
+    records = []
+    for i in indices:
+        path, sample = folder / names[i], dataset.samples[i]
+        with _open(path) as file:
+            content = json.loads(file.metadata()["record"])
+        records.append(Record(path, i, sample.category, sample.defect, **content))
+    return records
+
+
+def resize_square(own_size: np.ndarray, size: int) -> np.ndarray:
+    """A map [h, w] as float32 [size, size], averaged where it shrinks."""
+    own_size = torch.from_numpy(np.asarray(own_size))[None, None].float()
+    return F.interpolate(own_size, (size, size), mode="bilinear", antialias=True)[0, 0].numpy()
 
 
 def fingerprint(pipeline: RADPipeline, settings: Any) -> "hashlib._Hash":
-    """A hash, to be continued, of all that maps depend on beside the image: code, configuration, weights, settings."""
-    digest = hashlib.sha256(f"{__version__} {json.dumps(settings, sort_keys=True)}".encode())
-    parts = {"pipeline": pipeline, "image_processor": pipeline.image_processor, **pipeline.components}
+    """A hash, to be continued, of all that maps depend on beside the images: configuration, weights, code and the
+    settings, which JSON can write."""
+    digest = hash_pipeline(pipeline)
+    digest.update(hash_code().digest() + json.dumps(settings, sort_keys=True).encode())
+    return digest
+
+
+def hash_code() -> "hashlib._Hash":
+    """Of this package's code, as far as numbers depend on it, and of the libraries' versions."""
+    digest = hashlib.sha256(json.dumps({name: version(name) for name in LIBRARIES}).encode())
+    for path in sorted([*SOURCE.glob("*.py"), *(SOURCE / "models").glob("*.py")]):
+        if path.name not in PRESENTATION:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest
+
+
+def hash_pipeline(pipeline: RADPipeline) -> "hashlib._Hash":
+    """Of a pipeline's configuration and weights."""
+    digest, parts = hashlib.sha256(), {"pipeline": pipeline, **pipeline.components}
     for name, part in sorted(parts.items()):
         if part is None:
             continue
         config = {k: v for k, v in getattr(part, "config", {}).items() if not k.startswith("_")}  # no local paths
-        config = {k: v for k, v in config.items() if k not in pipeline.components}
+        config = {k: v for k, v in config.items() if k not in parts}
         digest.update(f"{name} {json.dumps(config, sort_keys=True, default=str)}".encode())
-        digest.update(inspect.getsource(sys.modules[type(part).__module__]).encode())
         for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest
-
-
-def write(path: Path, text: str) -> None:
-    """The file is there as a whole or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _open(path: Path) -> safe_open:
@@ -349,30 +348,41 @@ def _open(path: Path) -> safe_open:
         raise OSError(f"{path} is damaged ({error}): delete it, and run again.") from error
 
 
-def _read_record(path: Path, index: int, sample: Sample) -> Record:
-    with _open(path) as file:
-        content = json.loads(file.metadata()["record"])
-    return Record(path, index, sample.category, sample.defect, **content)
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
-# -- what the records say ---------------------------------------------------------------------------------------------
+def measure(
+    truths: Sequence[Truth | Record], scores: Sequence[float] | np.ndarray, maps: Sequence[np.ndarray] | None = None
+) -> dict[str, float]:
+    """All metrics of one score: `image_metrics`, where there are good and defective images, and `pixel_metrics`, where
+    there are maps and defects with a known mask.
+
+    Args:
+        truths: Of N images; those without a known mask count at image level only.
+        scores: [N].
+        maps: Each image's [H, W], of its mask's size; may be read when they are asked for, several times.
+    """
+    labels, found = np.array([truth.label for truth in truths]), {}
+    if len(set(labels.tolist())) == 2:
+        found |= image_metrics(np.asarray(scores), labels)
+    masked = [i for i, truth in enumerate(truths) if truth.has_mask]
+    if maps is not None and labels[masked].any():
+        found |= pixel_metrics(Lazy(maps.__getitem__, masked), Lazy(lambda i: truths[i].mask(), masked))
+    return found
 
 
 def measure_records(records: Sequence[Record], score_type: str, pixels: bool = True) -> dict[str, float]:
-    """`image_metrics`, where there are good and bad images, and `pixel_metrics`, where masks are known."""
-    scores = [record.scores[score_type] for record in records]
-    pixels = pixels and score_type != GLOBAL
-    return _measure(records, scores, (lambda record: record.map(score_type)) if pixels else None)
+    """`measure` of one score of records; of its image scores alone without `pixels`, or where it has no map."""
+    maps = Lazy(lambda record: record.map(score_type), records) if pixels and score_type != GLOBAL else None
+    return measure(records, [record.scores[score_type] for record in records], maps)
 
 
-def _measure(records: Sequence[Record], scores: list[float], read: Callable[[Record], np.ndarray] | None) -> dict:
-    labels, found = np.array([record.label for record in records]), {}
-    if len(set(labels.tolist())) == 2:
-        found |= image_metrics(np.array(scores), labels)
-    masked = [record for record in records if record.has_mask]
-    if read is not None and any(record.label for record in masked):
-        found |= pixel_metrics(Lazy(read, masked), Lazy(Record.mask, masked))
-    return found
+def share(jobs: Sequence, work: Callable[[Any], Any], description: str) -> list:
+    """`work(job)` of each job, in order; each process does its part, all get all of it."""
+    state = PartialState()
+    own = list(enumerate(jobs))[state.process_index :: state.num_processes]
+    progress = tqdm(own, description, disable=not state.is_local_main_process)
+    return [found for _, found in sorted(gather_object([(i, work(job)) for i, job in progress]), key=lambda x: x[0])]
 
 
 def curves_of_records(records: Sequence[Record], score_type: str) -> dict[str, np.ndarray] | None:
@@ -435,4 +445,5 @@ def alpha_sweep(records: Sequence[Record], alpha: float) -> dict[str, float]:
     def fused(record: Record) -> np.ndarray:
         return alpha * record.map("pixel") + (1 - alpha) * record.map("feature")
 
-    return _measure(records, [np.sort(fused(r), axis=None)[-64:].mean() for r in records], fused)
+    scores = [np.sort(fused(record), axis=None)[-64:].mean() for record in records]
+    return measure(records, scores, Lazy(fused, records))

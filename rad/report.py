@@ -16,14 +16,15 @@ from PIL import Image
 from .data import AnomalyDataset
 from .evaluation import Record, evenly
 from .image_processor import decode
-from .models.evidence import GLOBAL
+from .models.evidence import SCORE_TYPES
+from .models.false_alarms import p_value_text
 from .visualization import (
-    TITLES,
     curve_figures,
     histogram_figure,
     maps_figure,
     restoration_figure,
     sweep_figure,
+    title_of,
     verdict_picture,
 )
 
@@ -139,7 +140,7 @@ def summary_tables(results: dict[str, Any]) -> list[Table]:
             if len(results["categories"]) > 1
             else f"{count}.",
             "score",
-            {TITLES.get(name, name): score["mean"] for name, score in scores.items()},
+            {title_of(name): score["mean"] for name, score in scores.items()},
         )
     )
     if len(results["categories"]) > 1:
@@ -295,13 +296,14 @@ def draw_category(
         if thresholds:
             alarm = record.p_values["fused"] <= false_alarm_rate
             verdict = ("false alarm", "found")[record.label] if alarm else ("passed", "missed")[record.label]
-            verdict = f"{verdict}, p = {record.p_values['fused']:.2g}, "
+            verdict = f"{verdict}, {p_value_text(record.p_values['fused'], thresholds['p_value_resolution'])}, "
         drawn = verdict_picture(
             decode(dataset[record.index].image),
             record.map("fused"),
             record.mask(),
             thresholds and thresholds["fused"]["pixel"][rate],
             alarm,
+            thresholds and thresholds["fused"]["heat_range"],
         )
         return Picture(drawn, f"{name} ({record.defect}): {verdict}score {record.scores['fused']:.2f}", lossless=False)
 
@@ -336,7 +338,8 @@ def draw_figures(
     figures = {}
     if shown:
         pictures = [decode(dataset[record.index].image) for record in shown]
-        names = sorted(set(shown[0].scores) - {GLOBAL}, key=lambda name: (name == "fused", name != "rgb", name))
+        names = [name for name in SCORE_TYPES if name in shown[0].scores and SCORE_TYPES[name].has_map]
+        names = sorted(names, key=lambda name: (name == "fused", name != "rgb", name))  # RAN's order: RGB first
         columns = {"truth": [record.mask() for record in shown]}
         columns |= {name: [record.map(name) for record in shown] for name in names}
         drawn = maps_figure(pictures, columns)

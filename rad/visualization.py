@@ -17,6 +17,8 @@ from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from .image_processor import ImageInput, decode, overlay
+from .models.evidence import SCORE_TYPES
+from .models.false_alarms import p_value_text
 from .pipeline_output import AnomalyRegion
 from .pipeline_rad import RADPipeline
 
@@ -27,7 +29,11 @@ TRUTH = (255, 255, 255)
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 GOOD, BAD = COLORS[0], COLORS[5]
 _RC_LOCK = threading.Lock()
-TITLES = {"pixel": "pixel (KL)", "feature": "feature (error)", "rgb": "RGB difference"}  # of score types
+
+
+def title_of(name: str) -> str:
+    """What a score type is called; other names are their own title."""
+    return SCORE_TYPES[name].title if name in SCORE_TYPES else name
 
 
 def outline(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], dashed: bool = False) -> Image.Image:
@@ -75,20 +81,19 @@ def results_figure(
     """
     images = [decode(image) for image in images]
     output = pipeline(images, class_labels=class_labels, false_alarm_rate=false_alarm_rate)
-    threshold = output.pixel_threshold
+    low, high = pipeline.normality.heat_range()
     columns = ["input", "anomaly map"] + ["restored"] * restore
     restored = pipeline.restore(images, class_labels=class_labels).images if restore else images
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(images)), dpi=100, layout="constrained")
     for i, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):
-        top = max(2 * threshold, float(output.anomaly_map[i].max()))
-        heat = overlay(images[i], output.anomaly_map[i], threshold / 2, top)
+        heat = overlay(images[i], output.anomaly_map[i], low, high)
         heat = draw_regions(heat, output.mask[i], output.regions[i])
         for axis, picture, title in zip(axes, (images[i], heat, restored[i]), columns, strict=False):
             axis.imshow(picture)
             axis.set_axis_off()
             axis.set_title(title if i == 0 else "")
-        p = "p < 0.001" if output.p_value[i] < 0.001 else f"p = {output.p_value[i]:.2g}"
-        verdict = f"{'defect' if output.is_anomalous[i] else 'good'}, {p}"
+        p_value = p_value_text(float(output.p_value[i]), pipeline.normality.p_value_resolution)
+        verdict = f"{'defect' if output.is_anomalous[i] else 'good'}, {p_value}"
         axes[1].text(0.5, -0.02, verdict, transform=axes[1].transAxes, ha="center", va="top")
     return _render(figure)
 
@@ -158,7 +163,7 @@ def curve_figures(
 
 def line_style(name: str, number: int) -> dict[str, Any]:
     """How the line of a score type is drawn: the fused one black and thick, others by colour and dashes."""
-    label = TITLES.get(name, name)
+    label = title_of(name)
     if name == "fused":
         return {"color": "black", "linewidth": 2.5, "label": label, "zorder": 3}
     dashes = ("-", "--", "-.", ":")[number % 4]
@@ -252,6 +257,7 @@ def verdict_picture(
     truth: np.ndarray,
     threshold: float | None,
     alarm: bool,
+    heat_range: tuple[float, float] | None = None,
     side: int = 256,
 ) -> Image.Image:
     """An image, beside it its map as heat with the truth dashed in white and the mask found solid in cyan, RGB.
@@ -261,6 +267,8 @@ def verdict_picture(
         truth: Bool [S, S].
         threshold: Of pixels; None where there is none, and then there is no mask either.
         alarm: Whether the image as a whole is called anomalous; if not there is no mask.
+        heat_range: Map values at which the heat's colours start and end; None where the model has none, and then the
+            image's own median and maximum.
         side: The longer side of each of the two pictures.
     """
     scale = side / max(image.size)
@@ -268,8 +276,10 @@ def verdict_picture(
     image = image.resize(size, Image.Resampling.LANCZOS)
     values = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     truth = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
-    low = threshold / 2 if threshold is not None and threshold > 0 else float(np.median(values))
-    heat = overlay(image, values, low, max(4 * low, float(values.max()), low + 1e-3))
+    if heat_range is None:
+        low = float(np.median(values))
+        heat_range = low, max(4 * low, float(values.max()), low + 1e-3)
+    heat = overlay(image, values, *heat_range)
     heat = outline(heat, truth, TRUTH, dashed=True)
     if threshold is not None and alarm:
         heat = outline(heat, values > threshold, OUTLINE)
@@ -286,7 +296,7 @@ def maps_figure(pictures: list[Image.Image], columns: dict[str, list[np.ndarray]
         pictures: The inputs.
         columns: [S, S] for each picture: bool masks as they are, else maps, whose colours span one range a column.
     """
-    titles = ["input", *(TITLES.get(name, name) for name in columns)]
+    titles = ["input", *(title_of(name) for name in columns)]
     figure = Figure(figsize=(1.8 * len(titles), 1.8 * len(pictures) + 0.3), dpi=90, layout="constrained")
     axes = figure.subplots(len(pictures), len(titles), squeeze=False)
     for axis, title in zip(axes[0], titles, strict=True):

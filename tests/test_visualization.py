@@ -5,8 +5,10 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from rad.visualization import encode_map, score_figure
+from rad import visualization
+from rad.visualization import encode_map, results_figure, score_figure, title_of, verdict_picture
 
 GOOD = np.linspace(-2.0, 2.0, 41)
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -60,3 +62,36 @@ def test_maps_as_numbers_of_16_bits():
     encoded = np.asarray(encode_map(np.array([[-9.0, -8.0, 0.0, 1.0, 2.5, 55.0, 60.0]])))
     assert encoded.dtype == np.uint16
     assert encoded.tolist() == [[0, 0, 8192, 9216, 10752, 64512, 65535]]
+
+
+def test_a_value_has_one_colour_whatever_else_the_map_holds():
+    image, shown = Image.new("RGB", (64, 64), (90, 90, 90)), []
+    for largest in (3.0, 50.0):
+        values = np.full((64, 64), 3.0, np.float32)
+        values[:8, :8], values[-8:] = largest, 1.0
+        pixels = np.asarray(verdict_picture(image, values, np.zeros((64, 64), bool), 2.0, False, (1.0, 5.0), side=64))
+        shown.append(pixels[:, 68:])
+    assert np.array_equal(shown[0][16:, 16:], shown[1][16:, 16:])
+    assert (shown[0][-4:] == 90).all() and (shown[0][32, 32] != 90).any()  # where the range starts there is no heat
+
+
+def test_without_statistics_the_colours_span_the_images_own_values():
+    values = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    picture = verdict_picture(Image.new("RGB", (64, 64)), values, np.zeros((64, 64), bool), None, False, side=64)
+    heat = np.asarray(picture)[:, 68:].sum(axis=2)
+    assert (heat[:30] == 0).all() and heat[-1, -1] > heat[48, 32] > 0
+
+
+def test_a_results_figure_claims_no_rarer_p_value_than_the_good_images_bear_out(
+    two_category_pipeline, two_category_images, part, monkeypatch
+):
+    figures, (images, names) = [], two_category_images
+    monkeypatch.setattr(visualization, "_render", figures.append)
+    results_figure(two_category_pipeline, [images[0], part], [names[0], "gravel"], restore=False)
+    good, bad = (axis.texts[0].get_text() for axis in figures[0].axes[1::2])
+    assert bad == "defect, p < 0.0083"  # of 12 good images
+    assert re.fullmatch(r"good, p = 0\.\d+", good)
+
+
+def test_titles_are_the_registrys():
+    assert title_of("pixel") == "KL" and title_of("global") == "whole image" and title_of("truth") == "truth"

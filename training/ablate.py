@@ -13,47 +13,48 @@ One pass over the images stores all raw maps on disk, so that an interrupted run
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import raw_maps
 import torch
-import torch.nn.functional as F
+from ablations import ABLATIONS, Ablation, Evaluation
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import parse_flag_from_env
 from launching import share_cores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import save_file
+from raw_maps import Passes, RawMaps, refit, split_good, store
 from tqdm.auto import tqdm
 
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
-from rad.evaluation import METRICS, evenly, fingerprint, pasted_defects, resize_map, test_images, write
-from rad.metrics import image_auroc, pixel_metrics
-from rad.models.normality import FUSED, GLOBAL, NormalityModel, stack_raw_maps
-from rad.pipeline_rad import EMBEDDED_MODELS
+from rad.evaluation import (
+    METRICS,
+    DrawnDefects,
+    Truth,
+    check_truths,
+    evenly,
+    fingerprint,
+    mean_metrics,
+    measure,
+    read_truths,
+    resize_square,
+)
+from rad.files import whole
+from rad.image_processor import resize_map
+from rad.models.evidence import SCORE_TYPES
+from rad.pipeline_loading import EMBEDDED_MODELS
 
-RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # 20, 48, 100, 201, 301, 401 and 602 of the full chain
-PIXELS = (1, 4, 16, 64, 256, 1024)  # of the map, in the image score
+RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # of 250: 20, 48, 100, 201, 301, 401 and 602 of the full chain
 PATHS = ("model", "data_dir", "output_dir", "raw_dir", "page")  # arguments that may tell of one's own disk
-TITLES = {
-    "fused": "fused",
-    "pixel": "KL",
-    "feature": "feature error",
-    "residual": "feature residual",
-    "mahalanobis": "Mahalanobis",
-    "discriminator": "discriminator",
-    "rgb": "RGB difference",
-    GLOBAL: "whole image",
-}
 METRIC_TITLES = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
@@ -109,519 +110,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# -- images and their raw maps ----------------------------------------------------------------------------------------
-
-
-def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: int) -> tuple[list[int], ...]:
-    """Indices of the good images: those trained on, and two halves of those held out.
-
-    Raises:
-        ValueError: This is not the split that the model was trained with, or a category has too few images.
-    """
-    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
-    train, holdout = dataset.split_holdout(args.holdout_fraction, args.seed, sorted(chosen.tolist()))
-    if len(holdout) != num_scores:
-        raise ValueError(
-            f"The model's statistics come from {num_scores} good images held out, but this split holds out "
-            f"{len(holdout)} of {len(chosen)}: give --holdout_fraction, --max_train_samples and --seed as in training."
-        )
-    parts = [], [], []
-    for category in dataset.categories:
-        kept, held = ([i for i in split if dataset.samples[i].category == category] for split in (train, holdout))
-        kept, held = ([split[i] for i in evenly(len(split), args.max_good_samples)] for split in (kept, held))
-        if len(held) < 3:
-            raise ValueError(f"Category {category!r} has {len(held)} good images held out; 3 are needed.")
-        for part, indices in zip(parts, (kept, held[::2], held[1::2]), strict=True):
-            part.extend(indices)
-    return parts
-
-
-def check_classes(images: list[dict], name: str) -> None:
-    """Raises ValueError unless each category has good images and defects, some with a mask."""
-    for category in sorted({item["category"] for item in images}):
-        members = [item for item in images if item["category"] == category]
-        masked = any(item["label"] and item["mask"] is not None for item in members)
-        if not masked or all(item["label"] for item in members):
-            raise ValueError(
-                f"The {len(images)} {name} have no good image or no known mask of category {category!r}: take more."
-            )
-
-
-@dataclass
-class RawMaps:
-    """Images of known truth and what one pass stored of them.
-
-    Attributes:
-        images: As from `rad.evaluation.test_images`.
-        folder: Its safetensors files, in order, hold the images' tensors.
-        labels: Class label of each image.
-        picked: Which of the folder's images these are.
-    """
-
-    images: list[dict]
-    folder: Path
-    labels: list[int]
-    picked: list[int]
-
-    def load(self, name: str) -> torch.Tensor:
-        """[N, ...], float32 unless integers."""
-        chunks = []
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                chunks.append(file.get_tensor(name))
-        tensor = torch.cat(chunks)[self.picked]
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def pick(self, positions: list[int]) -> "RawMaps":
-        images, labels, picked = ([of[i] for i in positions] for of in (self.images, self.labels, self.picked))
-        return RawMaps(images, self.folder, labels, picked)
-
-
-@dataclass
-class Evaluation:
-    """One of the two sets that settings are measured on.
-
-    Attributes:
-        images, good: All raw maps but those of several draws, of the images and of the good ones that give statistics.
-        draws, good_draws: Raw maps of several draws, of some of the images and of the same good ones.
-        normality: Fitted to images that are not measured on; on the CPU.
-        timesteps: All that were scored, ascending.
-    """
-
-    images: RawMaps
-    good: RawMaps
-    draws: RawMaps
-    good_draws: RawMaps
-    normality: NormalityModel
-    timesteps: list[int]
-
-
-class Passes:
-    """What the tables need of a batch of images, from few passes of the U-Net.
-
-    Args:
-        pipeline: Scores them.
-        timesteps: Further steps to score at beside the model's own.
-        max_draws: A power of 2.
-    """
-
-    def __init__(self, pipeline: RADPipeline, timesteps: list[int], max_draws: int):
-        self.pipeline, self.further, self.max_draws = pipeline, timesteps, max_draws
-        self.timesteps = list(pipeline.normality.config.timesteps)
-
-    def _prepare(self, images: list[dict], normality: NormalityModel) -> tuple[Callable, Callable, tuple]:
-        """The pipeline's raw scores, and its stack of raw maps, as functions; features, summaries, sizes, labels."""
-        pipeline = self.pipeline
-        x_0, sizes = pipeline.image_processor.preprocess([item["image"] for item in images])
-        x_0 = x_0.to(pipeline.device, pipeline.unet.dtype)
-        features, logits, summaries = pipeline._features(x_0)
-        labels = [normality.config.categories.index(item["category"]) for item in images]
-        unet_labels = pipeline._unet_labels(labels)
-
-        def raw_scores(
-            timesteps: list[int], draws: int | None = None, seed: int = 0, raw_channels: bool = False
-        ) -> tuple:
-            return pipeline.raw_scores(x_0, features, unet_labels, timesteps, draws, seed, raw_channels)
-
-        def stack(scores: list[tuple]) -> torch.Tensor:
-            """Raw maps of the mean of several draws' scores."""
-            kl, error, rgb, residuals = (torch.stack(parts).mean(0) for parts in zip(*scores, strict=True))
-            distances = normality.distance(residuals, labels, "residual"), normality.distance(features, labels)
-            return stack_raw_maps(kl, error, rgb, normality.config.map_size, *logits, *distances)
-
-        return raw_scores, stack, (features, summaries, torch.tensor(sizes, dtype=torch.int32), labels)
-
-    def base(self, images: list[dict], normality: NormalityModel) -> dict[str, torch.Tensor]:
-        """All but several draws.
-
-        Returns:
-            raw: All maps as the pipeline stacks them, [B, M, m, m]; size [B, 2]; global: distance of the summaries,
-            [B]; further: KL, feature error and RGB
-            maps at further timesteps; raw_channels: feature error of channels that are not standardised, [B, T, m, m];
-            ran_kl: RAN's mean of z(s_t), [B, S, S], and ran_error [B, g, g]; features and residuals on a coarse grid.
-        """
-        raw_scores, stack, (features, summaries, sizes, labels) = self._prepare(images, normality)
-        map_size, num_timesteps = normality.config.map_size, len(self.timesteps)
-        own = raw_scores(self.timesteps)
-        kl, error, rgb, _ = raw_scores(self.timesteps, raw_channels=True)
-        tensors = {
-            "raw": stack([own]),
-            "size": sizes,
-            "global": normality.global_distance(summaries, labels),
-            "raw_channels": stack_raw_maps(kl, error, rgb, map_size)[:, num_timesteps : 2 * num_timesteps],
-            "ran_kl": ((kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)).mean(1),
-            "ran_error": error.mean(1),
-            "features": F.adaptive_avg_pool2d(features.float(), 2),
-            "residuals": F.adaptive_avg_pool2d(own[3], 1),
-        }
-        if self.further:
-            tensors["further"] = stack_raw_maps(*raw_scores(self.further)[:3], map_size)
-        return tensors
-
-    def draws(self, images: list[dict], normality: NormalityModel, num_seeds: int) -> dict[str, torch.Tensor]:
-        """Maps as the pipeline stacks them, "1-0" for one draw and the first seed.
-
-        Two draws are an antithetic pair. 4 and 8 average 2 and 4 pairs of as many noise seeds: 9 draws in all, where
-        scoring each number of draws by itself would take 15.
-        """
-        raw_scores, stack, (_, summaries, sizes, labels) = self._prepare(images, normality)
-        tensors, num_pairs = {"size": sizes}, max(1, self.max_draws // 2)
-        tensors["global"] = normality.global_distance(summaries, labels)
-        for seed in range(num_seeds):
-            first = seed * num_pairs
-            tensors[f"1-{seed}"] = stack([raw_scores(self.timesteps, 1, first)])
-            pairs = [raw_scores(self.timesteps, 2, first + i) for i in range(num_pairs)] if self.max_draws > 1 else []
-            for draws in numbers_of_draws(self.max_draws)[1:]:
-                tensors[f"{draws}-{seed}"] = stack(pairs[: draws // 2])
-        return tensors
-
-
-def numbers_of_draws(max_draws: int) -> list[int]:
-    """1, 2, 4 .. max_draws."""
-    return [2**i for i in range(max_draws.bit_length())]
-
-
-@torch.no_grad()
-def store(
-    accelerator: Accelerator,
-    folder: Path,
-    images: list[dict],
-    categories: list[str],
-    batch_size: int,
-    compute: Callable[[list[dict]], dict[str, torch.Tensor]],
-) -> RawMaps:
-    """Computes the batches that are not in the folder yet, every process its share."""
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(images), batch_size)[accelerator.process_index :: accelerator.num_processes]
-    for start in tqdm(starts, desc=f"Scoring, {folder.name}", disable=not accelerator.is_local_main_process):
-        path = folder / f"{start:06d}.safetensors"
-        if not path.exists():
-            tensors = compute(images[start : start + batch_size])
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(tensors, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-    accelerator.wait_for_everyone()
-    labels = [categories.index(item["category"]) for item in images]
-    return RawMaps(images, folder, labels, list(range(len(images))))
-
-
-def refit(
-    accelerator: Accelerator, pipeline: RADPipeline, folder: Path, train: list[dict], good: list[dict], batch_size: int
-) -> NormalityModel:
-    """The normality of the same settings whose statistics come from fewer images held out."""
-    original, path = pipeline.normality, folder / "normality"
-    if path.exists():
-        return NormalityModel.from_pretrained(path).to(pipeline.device)
-    pipeline.set_progress_bar_config(
-        desc="Fitting normality without the pasted images", disable=not accelerator.is_local_main_process
-    )
-    pipeline.fit_normality(
-        [item["image"] for item in train],
-        holdout_images=[item["image"] for item in good],
-        categories=[item["category"] for item in train],
-        holdout_categories=[item["category"] for item in good],
-        batch_size=batch_size,
-        accelerator=accelerator,
-        **{name: original.config[name] for name in ("gaussian_size", "gaussian_channels", "gaussian_block")},
-    )
-    normality = pipeline.normality
-    pipeline.register_modules(normality=original)
-    if accelerator.is_main_process:
-        partial = Path(tempfile.mkdtemp(dir=folder))
-        normality.save_pretrained(partial)
-        partial.rename(path)
-    accelerator.wait_for_everyone()
-    return normality
-
-
-# -- the ablations ----------------------------------------------------------------------------------------------------
-# Each yields (setting, is it the default, [(maps [N, h, w] or None, scores [N]) for each seed]).
-
-Rows = Iterator[tuple[tuple[str, ...], bool, list[tuple[torch.Tensor | None, torch.Tensor]]]]
-
-
-def top_mean(maps: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of the `count` largest values of each map, [N]."""
-    return maps.flatten(1).topk(min(count, maps[0].numel())).values.mean(1)
-
-
-def fit_statistics(good: RawMaps, raw: torch.Tensor, categories: list[str], timesteps: list[int]) -> NormalityModel:
-    """Statistics of good images' KL, feature error and RGB maps [N, 3 T, m, m], as the pipeline fits them.
-
-    The Gaussians, which are not asked for, are made as small as they can be.
-    """
-    features, residuals = good.load("features"), good.load("residuals")
-    channels = min(8, features.shape[1])
-    model = NormalityModel.fit(
-        features,
-        residuals,
-        features.mean((2, 3)),  # in place of summaries, likewise
-        good.labels,
-        raw,
-        categories,
-        timesteps=tuple(timesteps),
-        gaussian_size=2,
-        gaussian_channels=channels,
-    )
-    return model.half().float()  # saved in half precision, as the pipeline's own
-
-
-def deviations(model: NormalityModel, raw: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, ...]:
-    """KL, feature error and RGB maps in units of good images' deviation at each position, each [N, T, m, m]."""
-    location, scale = (buffer[labels, : raw.shape[1]] for buffer in (model.location, model.scale))
-    return ((raw - location) / scale).chunk(3, dim=1)
-
-
-def calibrated(x: Evaluation) -> dict[str, torch.Tensor]:
-    return x.normality.calibrate(x.images.load("raw"), x.images.labels)
-
-
-def ablate_score(x: Evaluation) -> Rows:
-    maps = calibrated(x)
-    for name in (*x.normality.score_types, GLOBAL):
-        scores = x.normality.image_scores(maps, x.images.labels, name, x.images.load("global"))
-        yield (TITLES.get(name, name),), name == "fused", [(maps.get(name), scores)]
-
-
-def ablate_weights(x: Evaluation) -> Rows:
-    maps, normality = calibrated(x), copy.deepcopy(x.normality)
-
-    def settings(weights: tuple[float, ...], names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-        """The default first."""
-        written = ", ".join(f"{weight:g}" for weight in weights)
-        found = {f"as they are: {written}": tuple(weights)}
-        for i, name in enumerate(names):
-            if weights[i] and (name == GLOBAL or name in maps):
-                found[f"without {TITLES[name]}"] = (*weights[:i], 0.0, *weights[i + 1 :])
-        return found | {"all 1": (1.0,) * len(weights)}
-
-    of_map = settings(normality.config.weights, FUSED)
-    for setting, weights in of_map.items():
-        normality.register_to_config(weights=weights)
-        fused = normality.calibrate(x.images.load("raw"), x.images.labels)["fused"]
-        yield ("the map", setting), setting == next(iter(of_map)), [(fused, top_mean(fused, normality.config.top_k))]
-    of_score = settings(normality.config.image_weights, (*FUSED, GLOBAL))
-    for setting, weights in of_score.items():
-        normality.register_to_config(image_weights=weights)
-        scores = normality.image_scores(maps, x.images.labels, global_distance=x.images.load("global"))
-        yield ("the image score", setting), setting == next(iter(of_score)), [(None, scores)]
-
-
-def ablate_timesteps(x: Evaluation) -> Rows:
-    own, top_k = list(x.normality.config.timesteps), x.normality.config.top_k
-
-    def at_all_timesteps(maps: RawMaps) -> torch.Tensor:
-        """KL, feature error and RGB difference at all timesteps, [N, 3 T, m, m]."""
-        parts = maps.load("raw")[:, : 3 * len(own)].unflatten(1, (3, -1))
-        order = [*own]
-        if x.timesteps != sorted(own):
-            parts = torch.cat([parts, maps.load("further").unflatten(1, (3, -1))], dim=2)
-            order += [t for t in x.timesteps if t not in own]
-        return parts[:, :, [order.index(t) for t in x.timesteps]].flatten(1, 2)
-
-    model = fit_statistics(x.good, at_all_timesteps(x.good), list(x.normality.config.categories), x.timesteps)
-    found = deviations(model, at_all_timesteps(x.images), x.images.labels)
-    settings = {str(t): [t] for t in x.timesteps}
-    settings[" + ".join(map(str, own))] = own
-    if x.timesteps != sorted(own):
-        settings["all"] = x.timesteps
-    for name, z in zip(("pixel", "feature"), found[:2], strict=True):
-        for setting, timesteps in settings.items():
-            maps = z[:, [x.timesteps.index(t) for t in timesteps]].mean(1)
-            yield (TITLES[name], setting), timesteps == own, [(maps, top_mean(maps, top_k))]
-
-
-def ablate_draws(x: Evaluation, max_draws: int, num_seeds: int, default: int) -> Rows:
-    count, refitted = 3 * len(x.normality.config.timesteps), ("pixel", "feature", "rgb")
-    for draws in numbers_of_draws(max_draws):
-        # 1. Statistics of good images under as many draws; those of the distances stay
-        fitted = fit_statistics(
-            x.good,
-            x.good_draws.load(f"{draws}-0")[:, :count],
-            list(x.normality.config.categories),
-            list(x.normality.config.timesteps),
-        )
-        normality = copy.deepcopy(x.normality)
-        normality.location[:, :count] = fitted.location[:, :count]
-        normality.scale[:, :count] = fitted.scale[:, :count]
-        for name in ("map_scale", "score_location", "score_scale"):
-            for score_type in refitted:
-                column = fitted.get_buffer(name)[:, fitted.score_types.index(score_type)]
-                normality.get_buffer(name)[:, normality.score_types.index(score_type)] = column
-        # 2. The scores of each seed
-        found = []
-        for seed in range(num_seeds):
-            maps = normality.calibrate(x.draws.load(f"{draws}-{seed}"), x.draws.labels)
-            distance = x.draws.load("global")
-            scores = [normality.image_scores(maps, x.draws.labels, n, distance) for n in ("fused", *refitted[:2])]
-            found.append((maps, scores))
-        for i, name in enumerate(("fused", *refitted[:2])):
-            yield (TITLES[name], str(draws)), draws == default, [(maps[name], scores[i]) for maps, scores in found]
-
-
-def ablate_normalisation(x: Evaluation) -> Rows:
-    num_timesteps, top_k = len(x.normality.config.timesteps), x.normality.config.top_k
-    raw, good, by_position = x.images.load("raw"), x.good.load("raw"), calibrated(x)
-    good_labels = torch.tensor(x.good.labels)
-    for i, name in enumerate(("pixel", "feature")):
-        part = slice(i * num_timesteps, (i + 1) * num_timesteps)
-        s = raw[:, part]
-        of_category = [good[good_labels == label, part] for label in range(len(x.normality.config.categories))]
-        location = torch.stack([maps.mean((0, 2, 3)) for maps in of_category])[x.images.labels][..., None, None]
-        scale = torch.stack([maps.std((0, 2, 3)) for maps in of_category])[x.images.labels][..., None, None]
-        settings = {
-            "none": s.mean(1),
-            "each image (RAN)": ((s - s.mean((2, 3), keepdim=True)) / s.std((2, 3), keepdim=True)).mean(1),
-            "good images": ((s - location) / scale).mean(1),
-            "good images, each position": by_position[name],
-        }
-        for setting, maps in settings.items():
-            yield (TITLES[name], setting), maps is by_position[name], [(maps, top_mean(maps, top_k))]
-
-
-def ablate_whitening(x: Evaluation) -> Rows:
-    timesteps, top_k = list(x.normality.config.timesteps), x.normality.config.top_k
-    middle = slice(len(timesteps), 2 * len(timesteps))
-
-    def unscaled(maps: RawMaps) -> torch.Tensor:
-        """The raw maps with the error of raw channels in its place."""
-        raw = maps.load("raw")[:, : 3 * len(timesteps)]
-        raw[:, middle] = maps.load("raw_channels")
-        return raw
-
-    model = fit_statistics(x.good, unscaled(x.good), list(x.normality.config.categories), timesteps)
-    settings = {
-        ("raw", "none"): x.images.load("raw_channels").mean(1),
-        ("standardised", "none"): x.images.load("raw")[:, middle].mean(1),
-        ("raw", "good images"): deviations(model, unscaled(x.images), x.images.labels)[1].mean(1),
-        ("standardised", "good images"): calibrated(x)["feature"],
-    }
-    for setting, maps in settings.items():
-        yield setting, setting == ("standardised", "good images"), [(maps, top_mean(maps, top_k))]
-
-
-def ablate_alpha(x: Evaluation) -> Rows:
-    kl, error = x.images.load("ran_kl"), x.images.load("ran_error")
-    error, maps = F.interpolate(error[:, None], kl.shape[-2:], mode="bilinear")[:, 0], calibrated(x)
-    for alpha in (i / 10 for i in range(11)):
-        fused = alpha * kl + (1 - alpha) * error
-        yield ("each image (RAN)", f"{alpha:g}"), False, [(fused, top_mean(fused, 64))]
-        fused = alpha * maps["pixel"] + (1 - alpha) * maps["feature"]
-        yield ("good images", f"{alpha:g}"), False, [(fused, top_mean(fused, x.normality.config.top_k))]
-
-
-def ablate_image_score(x: Evaluation) -> Rows:
-    maps, default = calibrated(x), x.normality.config.top_k
-    num_pixels, normality = maps["fused"][0].numel(), copy.deepcopy(x.normality)
-    counts = sorted({*PIXELS, default, num_pixels})
-    for count in [count for count in counts if count <= num_pixels]:
-        setting = {1: "1 (max)", num_pixels: f"{count} (mean)"}.get(count, str(count))
-        yield ("the anomaly map", setting), False, [(None, top_mean(maps["fused"], count))]
-        normality.register_to_config(top_k=count)
-        scores = normality.image_scores(maps, x.images.labels, global_distance=x.images.load("global"))
-        yield ("the image score's own map", setting), count == default, [(None, scores)]
-
-
-@dataclass(frozen=True)
-class Ablation:
-    title: str
-    question: str
-    columns: tuple[str, ...]
-    rows: Callable[..., Rows]
-    sweep: bool  # the last column is a quantity
-
-
-ABLATIONS = {
-    "score": Ablation(
-        "Score",
-        "How good is each score alone, and what does fusing them give?",
-        ("score",),
-        ablate_score,
-        False,
-    ),
-    "weights": Ablation(
-        "Weights",
-        "What does each map add to the fused map, and each to the image score? The weights are those of "
-        "{weights}; the image score has one more, of the whole image's score.",
-        ("of", "weights"),
-        ablate_weights,
-        False,
-    ),
-    "timesteps": Ablation(
-        "Timesteps",
-        "How much noise? One timestep by itself, the model's together, and all together, in units of good images' "
-        "deviation at each position.",
-        ("score", "timestep of 1000"),
-        ablate_timesteps,
-        True,
-    ),
-    "draws": Ablation(
-        "Noise draws",
-        "What does averaging noise draws at each timestep bring? Two draws are an antithetic pair. Means over noise "
-        "seeds ± their standard deviation; the last columns give the standard deviation of an image's score over "
-        "seeds, in units of the deviation between good images.",
-        ("score", "draws at each timestep"),
-        ablate_draws,
-        True,
-    ),
-    "normalisation": Ablation(
-        "Normalisation",
-        "A score's z-score within each image, as RAN takes it, or against good images, with one mean and deviation "
-        "for all positions or one for each.",
-        ("score", "normalised by"),
-        ablate_normalisation,
-        False,
-    ),
-    "whitening": Ablation(
-        "Channel scale",
-        "Feature error of the extractor's raw channels, which RAN weighs equally, or of channels scaled to unit "
-        "deviation, as it is and against good images at each position.",
-        ("channels", "normalised by"),
-        ablate_whitening,
-        False,
-    ),
-    "alpha": Ablation(
-        "Alpha",
-        "RAN's A = alpha z(KL) + (1 - alpha) feature error: to the letter, with each image's own z-score and raw "
-        "channels, and with both scores in units of good images' deviation at each position.",
-        ("z-score against", "alpha"),
-        ablate_alpha,
-        True,
-    ),
-    "image_score": Ablation(
-        "Image score",
-        "Over how many of a map's largest values should the image score be the mean? Of the anomaly map, and of the "
-        "map with the weights of the image score. Maps have {map_size} x {map_size} values.",
-        ("map", "largest values"),
-        ablate_image_score,
-        True,
-    ),
-}
-
-
-# -- measuring and reporting ------------------------------------------------------------------------------------------
-
-
-def measure(
-    x: RawMaps, maps: torch.Tensor | None, scores: torch.Tensor, map_size: int, pipeline: RADPipeline
-) -> dict[str, float]:
+def measure_setting(x: RawMaps, maps: torch.Tensor | None, scores: torch.Tensor, map_size: int) -> dict[str, float]:
     """Means over categories of the four metrics, of image AUROC alone without maps.
 
-    Maps go to each image's own size and then to `map_size`, as from the pipeline in `rad.evaluation.score_images`.
+    Maps go to each image's own size and then to `map_size`, as those of records do.
     """
+    resized = None
+    if maps is not None:
+        sizes = [tuple(size) for size in x.load("size").tolist()]
+        own_size = (resize_map(one[None], [size])[0] for one, size in zip(maps, sizes, strict=True))
+        resized = [resize_square(one, map_size) for one in own_size]
     found = []
-    sizes = [tuple(size) for size in x.load("size").tolist()] if maps is not None else []
     for label in sorted(set(x.labels)):
         members = [i for i, other in enumerate(x.labels) if other == label]
-        truth = np.array([x.images[i]["label"] for i in members])
-        row = {"image_auroc": image_auroc(scores[members].numpy(), truth)}
-        if maps is not None:
-            masked = [i for i in members if x.images[i]["mask"] is not None]
-            own_size = pipeline.image_processor.resize_map(maps[masked], [sizes[i] for i in masked])
-            resized = np.stack([resize_map(m, map_size) for m in own_size])
-            row |= pixel_metrics(resized, np.stack([x.images[i]["mask"] for i in masked]), (0.3,))
-        found.append(row)
-    return {name: float(np.mean([row[name] for row in found])) for name in METRICS if name in found[0]}
+        truths, own = [x.truths[i] for i in members], resized and [resized[i] for i in members]
+        found.append(measure(truths, scores[members].numpy(), own))
+    means = mean_metrics(found)
+    return {name: means[name] for name in METRICS if name in means}
 
 
 def summarise(metrics: list[dict[str, float]], scores: list[torch.Tensor]) -> dict:
@@ -734,10 +239,11 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
     """Writes ablations.json, ablations.md, the last result's figure, and the page if there is one."""
     folder = Path(args.output_dir)
     settings = {name: value for name, value in vars(args).items() if name not in PATHS}
-    write(folder / "ablations.json", json.dumps({**facts, "arguments": settings, "ablations": results}, indent=2))
+    content = json.dumps({**facts, "arguments": settings, "ablations": results}, indent=2)
     tables = {name: to_markdown(ABLATIONS[name], rows) for name, rows in results.items()}
     last = list(results)[-1]
-    draw(ABLATIONS[last], results[last]).savefig(folder / f"{last}.png")
+    with whole(folder / f"{last}.png") as partial:
+        draw(ABLATIONS[last], results[last]).savefig(partial, format="png")
     lines = [
         f"# Ablations of {facts['model']} on {facts['data']}",
         f"{facts['num_test']} test images; {facts['num_pasted']} with pasted defects and without, of "
@@ -749,17 +255,20 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
     for name, table in tables.items():
         ablation = ABLATIONS[name]
         question = ablation.question.format(
-            map_size=facts["map_size"], weights=", ".join(TITLES[name] for name in FUSED)
+            map_size=facts["map_size"], weights=", ".join(s.title for s in SCORE_TYPES.values() if s.weighted)
         )
         lines += [f"## {ablation.title}", question, table, f"![{ablation.title}]({name}.png)"]
-    write(folder / "ablations.md", "\n\n".join(lines) + "\n")
+    texts = {folder / "ablations.json": content, folder / "ablations.md": "\n\n".join(lines) + "\n"}
     if args.page:
         page, text = Path(args.page), Path(args.page).read_text(encoding="utf-8")
         figures = os.path.relpath(folder, page.parent)
         for name, table in tables.items():
             picture = f"![{ABLATIONS[name].title}]({figures}/{name}.png)"
             text = insert(text, f"{folder.resolve().name} {name}", f"{table}\n\n{picture}")
-        write(page, text)
+        texts[page] = text
+    for path, text in texts.items():
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -778,7 +287,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         raise ValueError(f"The model {args.model} has no normality: train it, or call fit_normality.")
     normality, categories = pipeline.normality, list(pipeline.normality.config.categories)
     own = list(normality.config.timesteps)
-    timesteps = args.timesteps or pipeline.scheduler.respaced_to_full(RESPACED_STEPS)
+    timesteps = args.timesteps or pipeline.scheduler.steps_of_250(RESPACED_STEPS)
     further = sorted(set(timesteps) - set(own))
     chain = pipeline.scheduler.respaced_chain.timesteps
     nearest = [int(chain[np.abs(chain - t).argmin()]) for t in further]
@@ -786,47 +295,52 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         raise ValueError(f"--timesteps {further} are not all on the respaced chain; the nearest that are: {nearest}.")
 
     # 1. Images: of those held out, one half gives statistics to the other, which gets defects
-    size = (args.map_size, args.map_size)
-    test_set = load_dataset(args.data_dir, args.dataset_format, "test", categories)
-    test = test_images(test_set, size, args.max_test_samples)
     dataset = load_dataset(args.data_dir, args.dataset_format, "train", categories)
     train, statistics, others = split_good(args, dataset, normality.config.num_scores)
-    holdout = sorted(statistics + others)
-    train, good, fitted = (
-        [{"image": dataset.samples[i].image, "category": dataset.samples[i].category} for i in part]
-        for part in (train, holdout, statistics)
-    )
-    pasted = pasted_defects(AnomalyDataset([dataset.samples[i] for i in others]), len(others), size, args.seed)
-    picked = {
-        "test": evenly(len(test), args.max_draw_samples),
-        "pasted": [2 * i + j for i in evenly(len(others), args.max_draw_samples // 2) for j in (0, 1)],
+    good = [Truth(i, dataset.samples[i].category, "good", None) for i in sorted(statistics + others)]
+    sets = {
+        "pasted": DrawnDefects(AnomalyDataset([dataset.samples[i] for i in others]), len(others), args.seed),
+        "test": load_dataset(args.data_dir, args.dataset_format, "test", categories),
     }
-    for name, images in (("test", test), ("pasted", pasted)):
-        check_classes(images, f"{name} images")
-        check_classes([images[i] for i in picked[name]], f"{name} images to compare draws on")
+    picked = {
+        "pasted": range(2 * len(others)),
+        "test": evenly(len(sets["test"]), args.max_test_samples),
+    }
+    truths = {name: read_truths(sets[name], indices, args.map_size) for name, indices in picked.items()}
+    picked = {
+        "pasted": [2 * i + j for i in evenly(len(others), args.max_draw_samples // 2) for j in (0, 1)],
+        "test": evenly(len(truths["test"]), args.max_draw_samples),
+    }
+    some = {name: [truths[name][i] for i in places] for name, places in picked.items()}
+    for name in sets:
+        check_truths(truths[name], f"{name} images")
+        check_truths(some[name], f"{name} images to compare draws on")
 
     # 2. Raw maps, each with the Gaussians of its set
-    files = [(str(sample.image), sample.image.stat().st_size) for sample in [*test_set.samples, *dataset.samples]]
+    files = [(str(sample.image), sample.image.stat().st_size) for sample in [*sets["test"].samples, *dataset.samples]]
     settings = [files, further, args.max_draws, args.num_seeds, args.max_draw_samples, args.max_test_samples]
     settings += [args.max_good_samples, args.holdout_fraction, args.max_train_samples, args.seed, args.batch_size]
+    settings.append(hashlib.sha256(Path(raw_maps.__file__).read_bytes()).hexdigest())
     folder = Path(args.raw_dir or output_dir / "raw") / fingerprint(pipeline, settings).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    fewer = refit(accelerator, pipeline, folder, train, fitted, args.batch_size)
+    fewer = refit(accelerator, pipeline, folder, dataset, train, statistics, args.batch_size)
     passes = Passes(pipeline, further, args.max_draws)
 
-    def stored(name: str, images: list[dict], compute: Callable) -> RawMaps:
+    def stored(name: str, of: AnomalyDataset, images: list[Truth], measure: Callable, *options: Any) -> RawMaps:
+        def compute(batch: list[Truth]) -> dict[str, torch.Tensor]:
+            return measure([of[t.index].image for t in batch], [t.category for t in batch], *options)
+
         return store(accelerator, folder / name, images, categories, args.batch_size, compute)
 
-    maps = stored("good", good, lambda batch: passes.base(batch, normality))
-    draws = stored("good-draws", good, lambda batch: passes.draws(batch, normality, 1))
-    half = [holdout.index(i) for i in statistics]
+    maps = stored("good", dataset, good, passes.base, normality)
+    draws = stored("good-draws", dataset, good, passes.draws, normality, 1)
+    half = [i for i, truth in enumerate(good) if truth.index in statistics]
     evaluations = {}
-    for name, images, model in (("pasted", pasted, fewer), ("test", test, normality)):
-        base = stored(name, images, lambda batch, model=model: passes.base(batch, model))
-        some = [images[i] for i in picked[name]]
-        several = stored(f"{name}-draws", some, lambda batch, m=model: passes.draws(batch, m, args.num_seeds))
+    for name, model in (("pasted", fewer), ("test", normality)):
+        base = stored(name, sets[name], truths[name], passes.base, model)
+        several = stored(f"{name}-draws", sets[name], some[name], passes.draws, model, args.num_seeds)
         good_maps, good_draws = (maps.pick(half), draws.pick(half)) if name == "pasted" else (maps, draws)
         cpu_model = copy.deepcopy(model).cpu()
         evaluations[name] = Evaluation(base, good_maps, several, good_draws, cpu_model, sorted({*further, *own}))
@@ -838,11 +352,11 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "model": Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
         "data": Path(args.data_dir).resolve().name,
         "map_size": normality.config.map_size,
-        "num_test": len(test),
-        "num_pasted": len(pasted),
-        "num_good": len(fitted),
-        "num_test_draws": len(picked["test"]),
-        "num_pasted_draws": len(picked["pasted"]),
+        "num_test": len(truths["test"]),
+        "num_pasted": len(truths["pasted"]),
+        "num_good": len(statistics),
+        "num_test_draws": len(some["test"]),
+        "num_pasted_draws": len(some["pasted"]),
     }
     options = {"draws": (args.max_draws, args.num_seeds, pipeline.config.num_noise_samples)}
     results = {}
@@ -853,7 +367,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
             with torch.no_grad():
                 progress = tqdm(ablation.rows(x, *options.get(ablation_name, ())), f"{ablation.title}, {SETS[name]}")
                 for setting, default, variants in progress:
-                    metrics = [measure(of, *variant, args.map_size, pipeline) for variant in variants]
+                    metrics = [measure_setting(of, *variant, args.map_size) for variant in variants]
                     row = dict(zip(ablation.columns, setting, strict=True)) | {"default": default}
                     rows.setdefault(setting, row)[name] = summarise(metrics, [scores for _, scores in variants])
         results[ablation_name] = list(rows.values())

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -22,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-from launching import share_cores
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
@@ -31,7 +29,8 @@ from tqdm.auto import tqdm
 from rad import RADPipeline, __version__
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
 from rad.evaluation import (
-    PastedDataset,
+    LIBRARIES,
+    DrawnDefects,
     Record,
     alpha_sweep,
     curves_of_records,
@@ -39,13 +38,14 @@ from rad.evaluation import (
     mean_metrics,
     measure_decisions,
     measure_records,
-    pasted_defects,
     score_dataset,
-    write,
+    share,
 )
+from rad.files import whole
+from rad.image_processor import decode
 from rad.metrics import psnr
-from rad.models.normality import GLOBAL
-from rad.pipeline_rad import EMBEDDED_MODELS
+from rad.models.evidence import SCORE_TYPES
+from rad.pipeline_loading import EMBEDDED_MODELS
 from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
 
 RATES = (0.01, 0.05, 0.1)  # false-alarm rates that are checked
@@ -98,7 +98,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max_test_samples", type=int, help="Measure on this many images, evenly picked.")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="Of the noise, by default as in the model's statistics, and 0 in paper mode; of pasted defects, 0.",
+    )
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument("--output_dir", required=True, help="Where everything is written.")
     args = parser.parse_args(argv)
@@ -130,7 +134,7 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
     split = "train" if args.pasted_defects else "test"
     dataset = load_dataset(args.data_dir, args.dataset_format, split, args.category)
     if args.pasted_defects:
-        return PastedDataset(pasted_defects(dataset, args.pasted_defects, (args.map_size,) * 2, args.seed))
+        return DrawnDefects(dataset, args.pasted_defects, args.seed or 0)
     return dataset
 
 
@@ -146,11 +150,11 @@ def restore(
 
     The true mask is dilated by 1/16 of the side, because a defect's edge has no sharp end.
     """
-    image = pipeline.image_processor.decode(dataset[record.index].image)
+    image = decode(dataset[record.index].image)
     known = [] if args.infer_category else pipeline.normality.config.categories
     label = record.category if record.category in known else None
-    restored = pipeline.restore(image, class_labels=label, seed=args.seed)
-    again = pipeline(restored.images[0], class_labels=label, seed=args.seed, false_alarm_rate=0.01)
+    restored = pipeline.restore(image, class_labels=label)
+    again = pipeline(restored.images[0], class_labels=label, false_alarm_rate=0.01)
     mask = np.asarray(Image.fromarray(record.mask()).resize(image.size, Image.Resampling.NEAREST))
     outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(image.size) // 16)
     before, after = (np.asarray(x, np.float64) / 255 for x in (image, restored.images[0]))
@@ -173,14 +177,6 @@ def measure_category(records: list[Record], score_type: str) -> dict[str, Any]:
     }
 
 
-def share(jobs: list, work: Callable[[Any], Any], description: str) -> list:
-    """`work(job)` of each job, in order; each process does its part, all get all of it."""
-    state = PartialState()
-    own = list(enumerate(jobs))[state.process_index :: state.num_processes]
-    progress = tqdm(own, description, disable=not state.is_local_main_process)
-    return [found for _, found in sorted(gather_object([(i, work(job)) for i, job in progress]), key=lambda x: x[0])]
-
-
 @dataclass
 class Found:
     """What scoring gave.
@@ -188,7 +184,8 @@ class Found:
     Attributes:
         records: Of all images.
         paper_records: Likewise in paper mode at the pipeline's resolution, for the paper's figures.
-        thresholds: For each category the image and pixel thresholds of each score type, by false-alarm rate.
+        thresholds: For each category the image and pixel thresholds of each score type, by false-alarm rate, the range
+            of its heat's colours, and the smallest p-value that good images bear out.
         restorations: From `restore`.
         restored: For a few images the intermediate pictures and the distances of their restoration.
     """
@@ -211,15 +208,17 @@ def score(
     records = score_dataset(pipeline, dataset, indices, map_size=args.map_size, mode=args.mode, **common)
     bad, normality = [record for record in records if record.label and record.has_mask], pipeline.normality
     if args.mode == "calibrated":
-        thresholds = {"num_scores": normality.config.num_scores}
+        thresholds = {"num_scores": normality.config.num_scores, "p_value_resolution": normality.p_value_resolution}
         for name in records[0].scores:
             of = {"image": normality.score_threshold} | (
-                {} if name == GLOBAL else {"pixel": normality.pixel_threshold}
+                {"pixel": normality.pixel_threshold} if SCORE_TYPES[name].has_map else {}
             )
             thresholds[name] = {
                 kind: {f"{rate:g}": threshold(rate, name) for rate in false_alarm_rates(args)}
                 for kind, threshold in of.items()
             }
+            if SCORE_TYPES[name].has_map:
+                thresholds[name]["heat_range"] = list(normality.heat_range(name))
         found.thresholds |= dict.fromkeys(sorted({record.category for record in records}), thresholds)
     if args.restore:
         chosen = [bad[i] for i in evenly(len(bad), args.restore)]
@@ -233,7 +232,7 @@ def score(
 
         def steps(record: Record) -> tuple[list[Image.Image], np.ndarray]:
             image = dataset[record.index].image
-            output = pipeline.restore(image, class_labels=record.used_category, seed=args.seed)
+            output = pipeline.restore(image, class_labels=record.used_category)
             return output.intermediates[0], output.distances[0]
 
         found.restored += share([bad[i] for i in evenly(len(bad), 3)], steps, "Restoring")
@@ -320,7 +319,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": {k: Path(v).name if os.path.isabs(str(v)) else v for k, v in vars(args).items()},
         "published": list(PUBLISHED)[args.unified] if args.unified or args.mode == "paper" else None,
         "versions": {"rad": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
+        | {name: version(name) for name in LIBRARIES},
         "device": f"{args.device or state.device}, {threads}",
         **measured,
     }
@@ -334,15 +333,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         figures = draw_figures(dataset, found.records, found.paper_records, sweep, found.restored)
     for name, picture in figures.items():
         (folder / "figures").mkdir(exist_ok=True)
-        picture.image.save(folder / "figures" / f"{name}.png")
+        with whole(folder / "figures" / f"{name}.png") as partial:
+            picture.image.save(partial, "png")
     sections = {}
     for category in tqdm(results["categories"], "Drawing"):
         records = [record for record in found.records if record.category == category]
         thresholds = found.thresholds.get(category)
         sections[category] = draw_category(dataset, records, curves[category], thresholds, args.false_alarm_rate)
-    write(folder / "results.json", json.dumps(results, indent=2))
-    write(folder / "results.md", to_markdown(results))
-    write(folder / "report.html", to_html(results, sections, figures.values()))
+    texts = {
+        "results.json": json.dumps(results, indent=2),
+        "results.md": to_markdown(results),
+        "report.html": to_html(results, sections, figures.values()),
+    }
+    for name, text in texts.items():
+        with whole(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     print("\n\n".join(table.to_markdown() for table in summary_tables(results)))
     for name in ("category_accuracy", "restoration"):
         if name in results:

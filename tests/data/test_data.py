@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from rad.data import DATASET_FORMATS, AnomalyDataset, Sample, detect_format, load_dataset, load_hub_dataset
-from rad.evaluation import test_images
 
 
 def write_image(path: Path, pixels: np.ndarray | None = None) -> None:
@@ -430,8 +429,7 @@ def test_a_hub_data_set_with_masks(hub_folder):
     assert listed(test) == [("parts", "good", 0), ("parts", "scratch", 1), ("parts", "dent", 1)]
     assert test.mask(0).shape == (6, 8) and not test.mask(0).any()
     assert np.argwhere(test.mask(1)).tolist() == [[5, 0]] and test.mask(2) is None
-    items = test_images(test, (12, 16))
-    assert items[1]["mask"].sum() == 4 and items[1]["image"].size == (8, 6) and items[2]["mask"] is None
+    assert test.mask(1, (12, 16)).sum() == 4 and test[1].image.size == (8, 6) and test.mask(2, (12, 16)) is None
     assert load_rows(hub_folder, label_column="label", good_only=False).mask(1) is None
 
 

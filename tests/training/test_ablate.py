@@ -4,19 +4,25 @@ import json
 from pathlib import Path
 
 import ablate
+import ablations
+import numpy as np
 import pytest
+import raw_maps
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import new_pipeline
 from discriminator import fit_discriminator
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from rad import RADPipeline
+from rad import RADPipeline, RADScheduler
 from rad.data import AnomalyDataset, load_dataset
 from rad.data.synthetic import write_synthetic
-from rad.evaluation import measure_categories, pasted_defects, score_images, test_images
-from rad.models.normality import stack_raw_maps
+from rad.evaluation import DrawnDefects, Truth, read_truths
+from rad.metrics import aupro
+from rad.models.evidence import SCORE_TYPES
 
 CATEGORIES = ("brick", "capsule")
 SIZE = 64
@@ -66,14 +72,38 @@ def pipeline(folder, results):
 
 @pytest.fixture(scope="module")
 def test_set(folder):
-    return test_images(load_dataset(folder / "data", "mvtec", "test"), (SIZE, SIZE))
+    return load_dataset(folder / "data", "mvtec", "test")
 
 
-def raw_maps(folder, name, images, output_dir="output"):
+def stored_maps(folder, name, dataset, output_dir="output"):
     """What the run stored of one of its sets."""
     (stored,) = (folder / output_dir / "raw").iterdir()
-    labels = [CATEGORIES.index(item["category"]) for item in images]
-    return ablate.RawMaps(images, stored / name, labels, list(range(len(images))))
+    truths = read_truths(dataset, range(len(dataset)), SIZE)
+    labels = [CATEGORIES.index(truth.category) for truth in truths]
+    return raw_maps.RawMaps(truths, labels, stored / name, list(range(len(truths))))
+
+
+def score_all(pipeline, dataset, **kwargs):
+    """The pipeline's own output of all images, which are SIZE x SIZE."""
+    images = [dataset[i].image for i in range(len(dataset))]
+    return pipeline(images, class_labels=[sample.category for sample in dataset.samples], **kwargs)
+
+
+def metrics_of(output, dataset, name):
+    """Means over categories of what scikit-learn makes of an output."""
+    rows = []
+    for category in CATEGORIES:
+        members = [i for i, sample in enumerate(dataset.samples) if sample.category == category]
+        row = {"image_auroc": roc_auc_score([dataset.samples[i].label for i in members], output.scores[name][members])}
+        if name in output.maps:
+            masks = {i: dataset.mask(i, (SIZE, SIZE)) for i in members}
+            known = [i for i in members if masks[i] is not None]
+            truth, maps = np.stack([masks[i] for i in known]), np.stack([output.maps[name][i] for i in known])
+            row["pixel_auroc"] = roc_auc_score(truth.ravel(), maps.ravel())
+            row["pixel_ap"] = average_precision_score(truth.ravel(), maps.ravel())
+            row["aupro"] = aupro(maps, truth)
+        rows.append(row)
+    return {metric: np.mean([row[metric] for row in rows]) for metric in rows[0]}
 
 
 def row_of(rows, *values):
@@ -113,24 +143,25 @@ def test_each_ablation_has_a_table_and_a_figure(folder, results):
 
 
 def test_on_test_images_scores_are_the_pipelines(pipeline, test_set, results):
-    expected = measure_categories(test_set, score_images(pipeline, test_set, SIZE))
-    for name, rows in expected.items():
-        assert_same(row_of(results["score"], ablate.TITLES[name])["test"], rows["mean"])
+    output = score_all(pipeline, test_set)
+    assert len(output.scores) == len(results["score"]) == 8
+    for name in output.scores:
+        assert_same(row_of(results["score"], SCORE_TYPES[name].title)["test"], metrics_of(output, test_set, name))
 
 
 def test_on_pasted_defects_scores_are_those_of_a_pipeline_that_saw_the_other_half(folder, results):
     dataset = load_dataset(folder / "data", "mvtec", "train")
     pipeline = RADPipeline.from_pretrained(folder / "model")
     args = ablate.parse_args(["--data_dir", "none", "--output_dir", "none"])
-    train, statistics, others = ablate.split_good(args, dataset, num_scores=8)
+    train, statistics, others = raw_maps.split_good(args, dataset, num_scores=8)
     assert len(statistics) == len(others) == 4 and len({*train, *statistics, *others}) == len(dataset)
     fitted, scored = ([dataset.samples[i].image for i in part] for part in (train, statistics))
     names, scored_names = ([dataset.samples[i].category for i in part] for part in (train, statistics))
     pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16)
-    images = pasted_defects(AnomalyDataset([dataset.samples[i] for i in others]), 4, (SIZE, SIZE))
-    expected = measure_categories(images, score_images(pipeline, images, SIZE))
-    for name, rows in expected.items():
-        assert_same(row_of(results["score"], ablate.TITLES[name])["pasted"], rows["mean"])
+    images = DrawnDefects(AnomalyDataset([dataset.samples[i] for i in others]), 4)
+    output = score_all(pipeline, images)
+    for name in output.scores:
+        assert_same(row_of(results["score"], SCORE_TYPES[name].title)["pasted"], metrics_of(output, images, name))
 
 
 @pytest.mark.parametrize("part", ablate.SETS)
@@ -151,31 +182,29 @@ def test_every_table_has_the_same_default(results, part):
 
 
 def test_half_of_each_is_the_paper_to_the_letter(folder, pipeline, test_set, results):
-    found = score_images(pipeline, test_set, SIZE, mode="paper")
-    expected = measure_categories(test_set, found)["fused"]["mean"]
+    output = score_all(pipeline, test_set, mode="paper")
+    expected = metrics_of(output, test_set, "fused")
     assert_same(row_of(results["alpha"], "each image (RAN)", "0.5")["test"], expected)
-    x = ablate.Evaluation(raw_maps(folder, "test", test_set), None, None, None, pipeline.normality, [])
-    rows = {setting: variants for setting, _, variants in ablate.ablate_alpha(x)}
+    x = ablations.Evaluation(stored_maps(folder, "test", test_set), None, None, None, pipeline.normality, [])
+    rows = {setting: variants for setting, _, variants in ablations.ablate_alpha(x)}
     ((_, scores),) = rows["each image (RAN)", "0.5"]
-    assert scores.numpy() == pytest.approx(found["scores"]["fused"], rel=2e-3)
+    assert scores.numpy() == pytest.approx(output.scores["fused"], rel=2e-3)
 
 
 def test_draws_are_the_pipelines(folder, pipeline, test_set):
-    stored = raw_maps(folder, "test-draws", test_set)
-    x_0, _ = pipeline.image_processor.preprocess([item["image"] for item in test_set[:4]])
-    with torch.no_grad():
-        features, logits, _ = pipeline._features(x_0)
-        labels = pipeline._unet_labels(stored.labels[:4])
-        for draws in (1, 2):
-            kl, error, rgb, residuals = pipeline.raw_scores(x_0, features, labels, [20, 201, 401], draws)
-            distance = pipeline.normality.distance(residuals, stored.labels[:4], "residual")
-            expected = stack_raw_maps(kl, error, rgb, 16, *logits, distance)
-            torch.testing.assert_close(stored.load(f"{draws}-0")[:4, :11], expected, rtol=1e-3, atol=1e-3)
-        # Four draws are two seeds' pairs; a second seed shares no noise with the first
-        pairs = [pipeline.raw_scores(x_0, features, labels, [20, 201, 401], 2, seed) for seed in (2, 3)]
-        kl, error, rgb = (torch.stack(parts).mean(0) for parts in list(zip(*pairs, strict=True))[:3])
-        expected = stack_raw_maps(kl, error, rgb, 16)
-        torch.testing.assert_close(stored.load("4-1")[:4, :9], expected, rtol=1e-3, atol=1e-3)
+    stored = stored_maps(folder, "test-draws", test_set)
+    x_0, _ = pipeline.image_processor.preprocess([test_set[i].image for i in range(4)])
+    names, timesteps = [sample.category for sample in test_set.samples[:4]], [20, 201, 401]
+    for draws in (1, 2):
+        expected = pipeline.normality.raw_maps(pipeline.measure(x_0, names, timesteps, draws), stored.labels[:4])
+        torch.testing.assert_close(stored.load(f"{draws}-0")[:4], expected, rtol=1e-3, atol=1e-3)
+    # Four draws are two seeds' pairs; a second seed shares no noise with the first
+    pairs = [pipeline.measure(x_0, names, timesteps, 2, seed) for seed in (2, 3)]
+    kl, error, rgb = (torch.stack([getattr(p, name) for p in pairs]).mean(0) for name in ("kl", "error", "rgb"))
+    kl, rgb = (F.adaptive_avg_pool2d(maps, 16).clamp_min(1e-6).log() for maps in (kl, rgb))
+    expected = torch.cat([kl, F.interpolate(error, (16, 16), mode="bilinear"), rgb], dim=1)
+    of_unet = [stored.load("4-1")[:4, pipeline.normality.channels[name]] for name in ablations.UNET]
+    torch.testing.assert_close(torch.cat(of_unet, dim=1), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_averaging_draws_makes_scores_vary_less(results):
@@ -185,18 +214,18 @@ def test_averaging_draws_makes_scores_vary_less(results):
 
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    images, asked = [{"number": float(i), "category": "brick"} for i in range(5)], []
+    truths, asked = [Truth(i, "brick", "good", None) for i in range(5)], []
 
     def compute(batch):
-        asked.append([item["number"] for item in batch])
+        asked.append([float(truth.index) for truth in batch])
         if len(asked) == 3:
             raise KeyboardInterrupt
         return {"maps": torch.tensor(asked[-1])}
 
-    given = (Accelerator(cpu=True), tmp_path / "maps", images, ["brick"], 2, compute)
+    given = (Accelerator(cpu=True), tmp_path / "maps", truths, ["brick"], 2, compute)
     with pytest.raises(KeyboardInterrupt):
-        ablate.store(*given)
-    stored = ablate.store(*given)
+        raw_maps.store(*given)
+    stored = raw_maps.store(*given)
     assert asked == [[0, 1], [2, 3], [4], [4]]
     assert stored.load("maps").tolist() == [0, 1, 2, 3, 4] and stored.pick([3, 1]).load("maps").tolist() == [3, 1]
 
@@ -253,6 +282,14 @@ def test_another_split_than_in_training_is_refused(folder):
 def test_timesteps_off_the_chain_are_refused(folder):
     with pytest.raises(ValueError, match=r"\[50\] are not all .* nearest that are: \[48\]|nearest that are: \[52\]"):
         run(folder, "refused", "--timesteps", "50")
+
+
+def test_a_chain_shorter_than_rans_has_timesteps_to_compare():
+    for length in (3, 50, 250, 1000):
+        scheduler = RADScheduler(num_respaced_timesteps=length)
+        steps = scheduler.steps_of_250(ablate.RESPACED_STEPS)
+        assert set(steps) <= set(scheduler.respaced_chain.timesteps.tolist())
+    assert RADScheduler().steps_of_250(ablate.RESPACED_STEPS) == [20, 48, 100, 201, 301, 401, 602]
 
 
 def test_too_few_images_to_measure_are_refused_before_anything_is_computed(folder):

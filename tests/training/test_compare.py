@@ -2,22 +2,30 @@
 
 import importlib.util
 import json
+import os
+import re
+import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import compare
 import numpy as np
+import peers
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
-from processes import FORKS
+from processes import FORKS, start_script
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist, mahalanobis
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from rad import RADPipeline
+from rad.data import load_dataset
 from rad.data.batches import from_uint8, to_uint8
 from rad.data.synthetic import write_synthetic
 
@@ -25,7 +33,7 @@ NEEDS_ANOMALIB = "anomalib is not installed: pip install -r requirements-bench.t
 
 
 def new_peer(method, pipeline, *flags):
-    return compare.METHODS[method](pipeline, compare.parse_args(["--data_dir", "none", *flags]))
+    return peers.METHODS[method](pipeline, compare.parse_args(["--data_dir", "none", *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +44,25 @@ def images(pipeline, good_images):
 
 @pytest.fixture(scope="module")
 def padim(pipeline, images):
-    peer = new_peer("padim", pipeline)
-    peer.fit(images[:10])
-    return peer
+    return new_peer("padim", pipeline).fit(images[:10])
 
 
 @pytest.fixture(scope="module")
 def patchcore(pipeline, images):
     torch.manual_seed(0)
-    peer = new_peer("patchcore", pipeline, "--coreset_ratio", "0.1")
-    peer.fit(images[:10])
-    return peer
+    return new_peer("patchcore", pipeline, "--coreset_ratio", "0.1").fit(images[:10])
 
 
 def test_embedding_is_the_extractors_own_stages(pipeline, images):
     x = from_uint8(images[:1])
     stages = pipeline.feature_extractor.network((x + 1) / 2 * 2 - 1)  # this backbone's mean and deviation are 0.5
-    found = compare.Embedding(pipeline, (8, 16), 8, average=True, mode="bilinear")(x)
+    found = peers.Embedding(pipeline, (8, 16), 8, average=True, mode="bilinear")(x)
     channels = stages[2].shape[1]
     assert found.shape == (1, channels + stages[3].shape[1], 8, 8)
     assert torch.allclose(found[0, :, 3, 3][:channels], stages[2][0, :, 2:5, 2:5].mean((1, 2)), atol=1e-5)
-    found = compare.Embedding(pipeline, (4, 8, 16), 4, average=False, mode="nearest")(x)
+    found = peers.Embedding(pipeline, (4, 8, 16), 4, average=False, mode="nearest")(x)
     assert torch.equal(found[0, -stages[3].shape[1] :, 13, 6], stages[3][0, :, 3, 1])
-    found = compare.Embedding(pipeline, (4, 8), 8, average=False, mode="bilinear")(x)
+    found = peers.Embedding(pipeline, (4, 8), 8, average=False, mode="bilinear")(x)
     assert torch.allclose(found[0, : stages[1].shape[1], 3, 5], stages[1][0, :, 6:8, 10:12].mean((1, 2)), atol=1e-5)
 
 
@@ -76,7 +80,7 @@ def test_padims_distance_is_scipys(padim, images):
 def test_the_coreset_takes_the_farthest_point_each_time(pool_size):
     torch.manual_seed(0)
     points = torch.randn(200, 5)
-    chosen = compare.k_center_greedy(points, 30, pool_size).tolist()
+    chosen = peers.k_center_greedy(points, 30, pool_size).tolist()
     distances = cdist(points, points)
     assert len(set(chosen)) == 30
     for i in range(1, 30):
@@ -85,7 +89,7 @@ def test_the_coreset_takes_the_farthest_point_each_time(pool_size):
 
 
 def test_a_coreset_of_everything_has_each_point_once():
-    assert sorted(compare.k_center_greedy(torch.randn(20, 3), 20, 5).tolist()) == list(range(20))
+    assert sorted(peers.k_center_greedy(torch.randn(20, 3), 20, 5).tolist()) == list(range(20))
 
 
 def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, images):
@@ -96,7 +100,7 @@ def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, ima
 
     search = NearestNeighbors(algorithm="brute").fit(memory)
     distances, nearest = (found[:, 0] for found in search.kneighbors(patches, 1))
-    expected, _ = compare.smooth(torch.from_numpy(distances).float().view(1, 8, 8), x)
+    expected, _ = peers.smooth(torch.from_numpy(distances).float().view(1, 8, 8), x)
     assert torch.allclose(maps, expected, rtol=1e-3)
     worst = distances.argmax()
     around = search.kneighbors(memory[nearest[worst]][None], 9, return_distance=False)[0]
@@ -107,7 +111,7 @@ def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, ima
 def test_smoothing_keeps_the_mean_and_finds_the_place():
     x, distance = torch.zeros(1, 3, 64, 64), torch.zeros(1, 16, 16)
     distance[0, 8, 4] = 1
-    maps, score = compare.smooth(distance, x)
+    maps, score = peers.smooth(distance, x)
     assert maps.shape == (1, 64, 64) and score == maps.max()
     assert maps.mean().item() == pytest.approx(distance.mean().item(), rel=0.01)
     row, column = divmod(int(maps.argmax()), 64)
@@ -117,7 +121,7 @@ def test_smoothing_keeps_the_mean_and_finds_the_place():
 @pytest.mark.parametrize("method", ["autoencoder", "denoising_autoencoder"])
 def test_autoencoders_learn(method, pipeline, images):
     peer = new_peer(method, pipeline, "--max_train_steps", "40", "--train_batch_size", "4")
-    peer.fit(images)
+    assert peer.fit(images) is peer
     assert np.mean(peer.losses[-5:]) < 0.5 * np.mean(peer.losses[:5])
 
 
@@ -125,7 +129,7 @@ def test_the_denoising_autoencoder_removes_noise(pipeline, images):
     peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "75", "--train_batch_size", "4")
     peer.fit(images)
     x = from_uint8(images)
-    noisy = x + peer.noise_std * compare.coarse_noise(x)
+    noisy = x + peer.noise_std * peers.coarse_noise(x)
     with torch.no_grad():
         left = (peer.network(noisy) - x).square().mean()
     assert left < 0.5 * (noisy - x).square().mean()
@@ -187,7 +191,7 @@ def test_the_table_has_every_column_and_each_row_its_place(rows, folders):
     by_title = {row["method"]: row for row in rows}
     for row in rows:
         assert set(row) == {"method", "settings", "fit_threads", *compare.COLUMNS}
-        assert all(0 <= row[name] <= 1 for name in compare.ACCURACY)
+        assert all(0 <= row[name] <= 1 for name in compare.METRICS)
         assert row["latency_ms"] > 0 and row["memory_mb"] > 100 and row["size_mb"] > 0
     assert by_title["RAD"]["fit_seconds"] is None and by_title["PaDiM"]["fit_seconds"] > 0
     assert by_title["PaDiM"]["fit_memory_mb"] > 100
@@ -206,6 +210,29 @@ def test_the_table_has_every_column_and_each_row_its_place(rows, folders):
     assert sum(line.startswith("- ") for line in lines) == 2  # one line of settings for each method
     with Image.open(output_dir / "comparison.png") as picture:
         assert picture.width > 500
+
+
+def test_rows_are_the_metrics_of_the_methods_own_maps(rows, folders):
+    """RAD's and PaDiM's, of both categories, against scikit-learn's of what each gives."""
+    pipeline = RADPipeline.load(folders / "model")
+    args = compare.parse_args(["--data_dir", "none", "--output_dir", str(folders / "output"), "--device", "cpu"])
+    found = {title: {"image_auroc": [], "pixel_ap": []} for title in ("RAD", "RAD, feature alone", "PaDiM")}
+    for category in ("brick", "gravel"):
+        test = load_dataset(folders / "data", "mvtec", "test", [category])
+        labels = [sample.label for sample in test.samples]
+        masks = np.stack([test.mask(i, (256, 256)) for i in range(len(test))])
+        for method in ("rad", "padim"):
+            peer = compare.load_peer(method, category, pipeline, args)
+            scored = peer.score([sample.image for sample in test.samples], category)
+            for title in found.keys() & scored.maps:
+                maps = [torch.from_numpy(m)[None, None] for m in scored.maps[title]]
+                maps = torch.cat([F.interpolate(m, (256, 256), mode="bilinear", antialias=True) for m in maps])
+                found[title]["image_auroc"].append(roc_auc_score(labels, scored.scores[title]))
+                found[title]["pixel_ap"].append(average_precision_score(masks.ravel(), maps.numpy().ravel()))
+    for title, metrics in found.items():
+        (row,) = [row for row in rows if row["method"] == title]
+        for name, values in metrics.items():
+            assert row[name] == pytest.approx(np.mean(values), rel=2e-3), (title, name)
 
 
 def test_a_rerun_keeps_what_is_fitted_and_a_changed_pipeline_is_measured_anew(rows, flags, folders, monkeypatch):
@@ -234,7 +261,7 @@ def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_wi
     args = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu"])
 
     def mark(method, of):
-        return compare.fingerprint(method, "brick", of, args)
+        return compare.marks_of(method, "brick", of, args)
 
     other = small_pipeline_without_normality
     other.feature_extractor.load_state_dict(pipeline.feature_extractor.state_dict())
@@ -245,7 +272,7 @@ def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_wi
 
     more = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu", "--max_train_steps", "5"])
     for method, same in (("padim", True), ("patchcore", True), ("autoencoder", False)):
-        assert (compare.fingerprint(method, "brick", pipeline, more) == mark(method, pipeline)) is same
+        assert (compare.marks_of(method, "brick", pipeline, more) == mark(method, pipeline)) is same
 
 
 @pytest.mark.parametrize("method", ["padim", "padim_coarse", "patchcore", "autoencoder", "denoising_autoencoder"])
@@ -269,7 +296,7 @@ def test_a_run_repeats_itself(folders, tmp_path):
         compare.score("patchcore", {"brick": {}}, args)
         records.append(json.loads((tmp_path / "patchcore-brick.json").read_text()))
     assert records[0]["accuracy"] == records[1]["accuracy"]
-    assert not list(tmp_path.glob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} == {"patchcore-brick.safetensors", "patchcore-brick.json"}
 
 
 def test_the_figures_names_do_not_overlap():
@@ -299,6 +326,35 @@ def test_without_anomalib_one_sentence_before_anything_is_computed(monkeypatch, 
         compare.main(args)
 
 
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path, capfd):
+    process = start_script("training/compare.py", "--data_dir", tmp_path / "none", "--output_dir", tmp_path)
+    process.join()
+    told = capfd.readouterr().err
+    assert process.exitcode == 1 and "Traceback" not in told
+    assert re.search(r"^(ValueError|FileNotFoundError): .*none.*$", told, re.MULTILINE)
+
+
+def test_images_that_cannot_all_be_measured_are_refused_before_anything_is_computed(folders, tmp_path):
+    data = shutil.copytree(folders / "data", tmp_path / "data")
+    shutil.rmtree(data / "gravel" / "ground_truth")
+    flags = ["--model", str(folders / "model"), "--data_dir", str(data), "--output_dir", str(tmp_path / "output")]
+    with pytest.raises(ValueError, match="no good image or no known mask of category 'gravel'"):
+        compare.main(compare.parse_args(flags))
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_a_process_that_is_killed_is_told_of(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "fit", kill_oneself)
+    monkeypatch.setattr(compare.multiprocessing, "get_context", {"spawn": FORKS}.get)
+    flags = ["--model", str(folders / "model"), "--data_dir", str(folders / "data"), "--methods", "padim"]
+    with pytest.raises(OSError, match="The process for padim was killed"):
+        compare.main(compare.parse_args([*flags, "--output_dir", str(tmp_path)]))
+
+
+def kill_oneself(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_draem_trains_and_scores(pipeline, images):
     pytest.importorskip("anomalib", reason=NEEDS_ANOMALIB)
     flags = ("--draem_width", "0.125", "--draem_train_steps", "3", "--train_batch_size", "2")
@@ -307,11 +363,12 @@ def test_draem_trains_and_scores(pipeline, images):
     peer.fit(images)
     assert np.isfinite(peer.losses).all() and len(peer.losses) == 3
     assert all((p != q).any() for p, q in zip(peer.model.parameters(), before, strict=True) if p.ndim > 1)
-    title, (maps, score) = next(iter(peer.score({"image": Image.new("RGB", (50, 40))}).items()))
-    assert title == "DRAEM" and maps.shape == (40, 50) and 0 <= maps.min() and maps.max() <= 1 and 0 <= score <= 1
+    scored = peer.score([Image.new("RGB", (50, 40))], "brick")
+    (maps,), (score,) = scored.maps["DRAEM"], scored.scores["DRAEM"]
+    assert maps.shape == (40, 50) and 0 <= maps.min() and maps.max() <= 1 and 0 <= score <= 1
     again = new_peer("draem", pipeline, *flags)
     again.load(peer.state_dict())
-    assert np.array_equal(again.score({"image": Image.new("RGB", (50, 40))})["DRAEM"][0], maps)
+    assert np.array_equal(again.score([Image.new("RGB", (50, 40))], "brick").maps["DRAEM"][0], maps)
 
 
 def test_distances_are_those_of_anomalib(padim, patchcore, images):

@@ -1,6 +1,9 @@
 """Evaluation as a user runs it: however often interrupted and on several processes, and what the report says."""
 
+import hashlib
+import html
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +19,8 @@ from scipy.stats import binom
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from rad import RADPipeline, evaluation
-from rad.data import load_dataset
-from rad.data.synthetic import write_synthetic
+from rad.data import AnomalyDataset, Sample, load_dataset
+from rad.data.synthetic import DEFECTS, add_defect, write_synthetic
 from rad.evaluation import alpha_sweep, measure_decisions, score_dataset
 from rad.metrics import aupro
 
@@ -207,15 +210,21 @@ def test_a_second_run_scores_nothing_and_other_settings_do_not_mix(whole, model,
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
     run(model, data_dir, folder, "--batch_size", "3", "--category", "brick")
     assert {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()} == before
-    run(model, data_dir, folder, "--category", "brick", "--seed", "1")
-    added = len(list((folder / "records").iterdir())) - len(before)
-    assert added == sum(s.category == "brick" for s in load_dataset(data_dir, split="test").samples)
+    count = sum(s.category == "brick" for s in load_dataset(data_dir, split="test").samples)
+    for number, seed in enumerate(("0", "1"), start=1):
+        run(model, data_dir, folder, "--category", "brick", "--mode", "paper", "--seed", seed)
+        assert len(list((folder / "records").iterdir())) - len(before) == number * count
+
+
+def test_other_noise_than_the_statistics_have_is_refused_in_one_sentence(model, data_dir, tmp_path):
+    for flag, value in (("--seed", "1"), ("--num_noise_samples", "2")):
+        with pytest.raises(ValueError, match="fit"):
+            run(model, data_dir, tmp_path, flag, value)
 
 
 def test_a_record_depends_on_model_image_and_mask(two_category_pipeline, small_pipeline_without_normality, tmp_path):
     def names(pipeline, pixels, mask, **settings):
-        item = {"image": Image.fromarray(pixels), "mask": mask, "category": "brick", "defect": "bad"}
-        dataset = evaluation.PastedDataset([item])
+        dataset = AnomalyDataset([Sample(Image.fromarray(pixels), "brick", "bad", Image.fromarray(mask))])
         return score_dataset(pipeline, dataset, [0], tmp_path, map_size=16, **settings)[0].path.name
 
     PartialState._reset_state()
@@ -230,6 +239,39 @@ def test_a_record_depends_on_model_image_and_mask(two_category_pipeline, small_p
         names(small_pipeline_without_normality, pixels, mask, mode="paper"),
     ]
     assert len({same, *others}) == 6
+
+
+def test_a_record_depends_on_code_and_libraries(two_category_pipeline, tmp_path, monkeypatch):
+    def now() -> str:
+        return evaluation.fingerprint(two_category_pipeline, []).hexdigest()
+
+    source, seen = tmp_path / "rad", [now()]
+    shutil.copytree(evaluation.SOURCE, source, ignore=shutil.ignore_patterns("pretrained", "__pycache__"))
+    monkeypatch.setattr(evaluation, "SOURCE", source)
+    assert now() == seen[0]
+    for name in (
+        "evaluation.py",
+        "image_processor.py",
+        "pipeline_rad.py",
+        "pipeline_output.py",
+        "scheduler_rad.py",
+        "models/evidence.py",
+        "models/normality.py",
+        "models/gaussian.py",
+        "models/false_alarms.py",
+        "models/unet_rad.py",
+        "models/feature_extractor.py",
+        "models/discriminator.py",
+    ):
+        (source / name).write_text((source / name).read_text() + "# changed\n")
+        seen.append(now())
+    (source / "report.py").write_text("")  # shows numbers and makes none
+    assert now() == seen[-1]
+    for library in ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffusers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "version", {**dict.fromkeys(evaluation.LIBRARIES, "1"), library: "2"}.get)
+            seen.append(now())
+    assert len(set(seen)) == len(seen) == 1 + 12 + 7
 
 
 def test_a_damaged_record_is_named(whole, model, data_dir, tmp_path):
@@ -274,7 +316,7 @@ def test_the_alpha_sweep_meets_the_pipelines_own_fused_score(two_category_pipeli
     assert np.isclose(found["image_auroc"], own)
     assert np.isclose(found["aupro"], aupro(output.anomaly_map, masks), atol=1e-3)
     assert np.isclose(
-        alpha_sweep(records, 1.0)["pixel_auroc"], roc_auc_score(masks.ravel(), output.pixel_map.ravel()), atol=1e-3
+        alpha_sweep(records, 1.0)["pixel_auroc"], roc_auc_score(masks.ravel(), output.maps["pixel"].ravel()), atol=1e-3
     )
 
 
@@ -300,6 +342,75 @@ def test_a_model_for_each_category(model, data_dir, tmp_path):
 
 
 # -- details ----------------------------------------------------------------------------------------------------------
+
+
+def test_any_method_can_keep_records(data_dir, tmp_path):
+    """Maps of any size, as exact as asked for; what was found once is not looked for again."""
+    PartialState._reset_state()
+    dataset, asked = load_dataset(data_dir, split="test", categories=["brick"]), []
+
+    def score(images, category):
+        asked.append((len(images), category))
+        maps = [np.full((8, 16), 1 + 1e-6, np.float32) for _ in images]
+        return evaluation.Scored({"even": maps}, {"even": np.arange(len(images)), "global": np.ones(len(images))})
+
+    given = (score, hashlib.sha256(b"a method"), dataset, range(5), tmp_path)
+    records = evaluation.keep_records(*given, map_size=32, batch_size=3, dtype=np.float32)
+    assert asked == [(3, "brick"), (2, "brick")] and [r.index for r in records] == [0, 1, 2, 3, 4]
+    for record, number in zip(records, (0, 1, 2, 0, 1), strict=True):
+        assert record.scores == {"even": number, "global": 1} and record.p_values == {} and not record.used_category
+        assert record.map("even").shape == (32, 32) and (record.map("even") == np.float32(1 + 1e-6)).all()
+        assert np.array_equal(record.mask(), dataset.mask(record.index, (32, 32)))
+    assert evaluation.keep_records(*given, map_size=32, batch_size=2, dtype=np.float32) == records and len(asked) == 2
+    evaluation.keep_records(*given, map_size=32)
+    assert len(asked) == 4  # half precision is another record
+
+
+def test_metrics_of_images_some_of_whose_masks_are_not_known():
+    rng = np.random.default_rng(0)
+    masks = [np.zeros((8, 8), bool), rng.random((8, 8)) > 0.7, None, np.zeros((8, 8), bool)]
+    truths = [evaluation.Truth(i, "a", ("good", "hole", "hole", "good")[i], mask) for i, mask in enumerate(masks)]
+    maps, scores = rng.random((4, 8, 8)), [0.1, 0.4, 0.3, 0.35]
+    found, known = evaluation.measure(truths, scores, maps), [0, 1, 3]
+    truth = np.stack([masks[i] for i in known])
+    assert found["image_auroc"] == 0.75
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(truth.ravel(), maps[known].ravel()))
+    assert found["aupro"] == pytest.approx(aupro(maps[known], truth))
+    assert set(evaluation.measure(truths, scores)) == {"image_auroc", "image_ap", "image_f1_max"}
+    assert evaluation.measure([truths[0], truths[3]], scores[:2], maps[:2]) == {}
+    evaluation.check_truths(truths, "images")
+    with pytest.raises(ValueError, match="The 3 parts have no good image or no known mask of category 'a'"):
+        evaluation.check_truths([truths[0], truths[2], truths[3]], "parts")
+
+
+def test_drawn_defects_stand_beside_the_good_images_that_they_are_drawn_on(data_dir):
+    good = load_dataset(data_dir, split="train", categories=["brick"])
+    drawn = evaluation.DrawnDefects(good, 4, seed=3)
+    picked = [0, 3, 6, 9]
+    assert [sample.defect for sample in drawn.samples] == [x for kind in DEFECTS[:4] for x in ("good", kind)]
+    for position, i in enumerate(picked):
+        assert drawn[2 * position].image == good.samples[i].image and not drawn.mask(2 * position, (48, 32)).any()
+        rng, pixels = np.random.default_rng([3, i]), np.asarray(Image.open(good.samples[i].image).convert("RGB"))
+        bad, mask = add_defect(pixels, DEFECTS[position], rng.uniform(0.1, 1.0), rng)
+        found = drawn[2 * position + 1]
+        assert np.array_equal(np.asarray(found.image), bad) and found.category == "brick"
+        assert np.array_equal(drawn.mask(2 * position + 1), mask)
+        small = np.asarray(Image.fromarray(mask).resize((32, 48), Image.Resampling.NEAREST))
+        assert np.array_equal(drawn.mask(2 * position + 1, (48, 32)), small)
+
+
+def test_the_report_claims_no_rarer_p_value_than_the_good_images_bear_out(whole, model):
+    results, normality = json.loads((whole / "results.json").read_text()), RADPipeline.from_pretrained(model).normality
+    resolution = normality.p_value_resolution
+    for thresholds in results["thresholds"].values():
+        assert thresholds["p_value_resolution"] == resolution == 1 / (10 * normality.config.num_scores)
+        for name in normality.score_types:
+            assert thresholds[name]["heat_range"] == list(normality.heat_range(name))
+        assert "heat_range" not in thresholds["global"]
+    told = html.unescape((whole / "report.html").read_text())
+    assert f"p < {resolution:.2g}," in told
+    claimed = re.findall(r"p = ([\d.e-]+),", told)
+    assert claimed and all(float(p) >= 0.99 * resolution for p in claimed)  # rounded to two digits
 
 
 def test_defects_pasted_on_training_images_and_the_papers_figures_of_calibrated_scores(model, data_dir, tmp_path):
