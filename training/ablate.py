@@ -311,7 +311,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "pasted": [2 * i + j for i in evenly(len(others), args.max_draw_samples // 2) for j in (0, 1)],
         "test": evenly(len(truths["test"]), args.max_draw_samples),
     }
-    some = {name: [truths[name][i] for i in places] for name, places in picked.items()}
+    some = {name: [truths[name][i] for i in positions] for name, positions in picked.items()}
     for name in sets:
         check_truths(truths[name], f"{name} images")
         check_truths(some[name], f"{name} images to compare draws on")
@@ -336,7 +336,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
 
     maps = stored("good", dataset, good, passes.base, normality)
     draws = stored("good-draws", dataset, good, passes.draws, normality, 1)
-    half = [i for i, truth in enumerate(good) if truth.index in statistics]
+    places = {truth.index: place for place, truth in enumerate(good)}
+    half = [places[i] for i in statistics]
     evaluations = {}
     for name, model in (("pasted", fewer), ("test", normality)):
         base = stored(name, sets[name], truths[name], passes.base, model)
@@ -358,7 +359,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "num_test_draws": len(some["test"]),
         "num_pasted_draws": len(some["pasted"]),
     }
-    options = {"draws": (args.max_draws, args.num_seeds, pipeline.config.num_noise_samples)}
+    options = {"draws": (args.max_draws, args.num_seeds, normality.config.num_noise_samples)}
     results = {}
     for ablation_name, ablation in ABLATIONS.items():
         rows = {}

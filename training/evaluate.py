@@ -209,15 +209,11 @@ def score(
     bad, normality = [record for record in records if record.label and record.has_mask], pipeline.normality
     if args.mode == "calibrated":
         thresholds = {"num_scores": normality.config.num_scores, "p_value_resolution": normality.p_value_resolution}
+        rates = {f"{rate:g}": rate for rate in false_alarm_rates(args)}
         for name in records[0].scores:
-            of = {"image": normality.score_threshold} | (
-                {"pixel": normality.pixel_threshold} if SCORE_TYPES[name].has_map else {}
-            )
-            thresholds[name] = {
-                kind: {f"{rate:g}": threshold(rate, name) for rate in false_alarm_rates(args)}
-                for kind, threshold in of.items()
-            }
+            thresholds[name] = {"image": {k: normality.score_threshold(rate, name) for k, rate in rates.items()}}
             if SCORE_TYPES[name].has_map:
+                thresholds[name]["pixel"] = {k: normality.pixel_threshold(rate, name) for k, rate in rates.items()}
                 thresholds[name]["heat_range"] = list(normality.heat_range(name))
         found.thresholds |= dict.fromkeys(sorted({record.category for record in records}), thresholds)
     if args.restore:
