@@ -27,14 +27,13 @@ from tqdm.auto import tqdm
 
 from .data import AnomalyDataset, Sample
 from .data.synthetic import DEFECTS, add_defect
-from .files import whole
+from .files import remove_partials, whole
 from .image_processor import ImageInput, decode, to_pil
 from .metrics import image_metrics, pixel_curves, pixel_metrics
 from .models.evidence import GLOBAL
 from .pipeline_rad import RADPipeline
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
-HALF_MAX = float(np.finfo(np.float16).max)
 LIBRARIES = ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffusers")  # that results depend on
 SOURCE = Path(__file__).parent
 # Of its modules those that show, publish or watch: no number depends on them
@@ -106,7 +105,7 @@ def read_truths(dataset: AnomalyDataset, indices: Iterable[int], size: int) -> l
 
 
 def check_truths(truths: Sequence[Truth], name: str) -> None:
-    """Raises ValueError, which calls the images by this name, unless all metrics can be had of each category."""
+    """Raises ValueError, which calls the images by a name, unless all metrics can be had of each category."""
     for category in sorted({truth.category for truth in truths}):
         members = [truth for truth in truths if truth.category == category]
         if all(t.label for t in members) or not any(t.label and t.has_mask for t in members):
@@ -251,8 +250,11 @@ def keep_records(
         map_size: Maps and masks are kept at this square.
         dtype: Of the maps as they are kept.
     """
-    folder, state = Path(folder), PartialState()
+    folder, state, limit = Path(folder), PartialState(), np.finfo(dtype).max.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        remove_partials(folder)
+    state.wait_for_everyone()
     common = fingerprint.copy()
     common.update(f"{map_size} {np.dtype(dtype)}".encode())
     batches = []
@@ -281,7 +283,7 @@ def keep_records(
         seconds = (time.perf_counter() - start) / len(batch)
         for i, (path, mask) in enumerate(zip(paths, masks, strict=True)):
             tensors = {name: resize_square(maps[i], map_size) for name, maps in found.maps.items()}
-            tensors = {name: m.clip(-HALF_MAX, HALF_MAX).astype(dtype) for name, m in tensors.items()}
+            tensors = {name: m.clip(-limit, limit).astype(dtype) for name, m in tensors.items()}
             record = {
                 "scores": {name: float(values[i]) for name, values in found.scores.items()},
                 "p_values": {name: float(values[i]) for name, values in found.p_values.items()},
@@ -293,8 +295,7 @@ def keep_records(
             with whole(path) as partial:
                 save_file(tensors, partial, metadata={"record": json.dumps(record)})
 
-    names = dict(item for item in gather_object(list(names.items())))
-    records = []
+    names, records = dict(gather_object(list(names.items()))), []
     for i in indices:
         path, sample = folder / names[i], dataset.samples[i]
         with _open(path) as file:
@@ -437,10 +438,8 @@ def measure_decisions(
 
 
 def alpha_sweep(records: Sequence[Record], alpha: float) -> dict[str, float]:
-    """Metrics of RAN's A = alpha z(KL) + (1 - alpha) (feature error), each the mean over t, from paper-mode records.
-
-    The image score is the mean of the 64 largest pixels.
-    """
+    """Metrics of RAN's A = alpha z(KL) + (1 - alpha) (feature error), each the mean over t, from paper-mode records;
+    the image score is the mean of the 64 largest pixels."""
 
     def fused(record: Record) -> np.ndarray:
         return alpha * record.map("pixel") + (1 - alpha) * record.map("feature")

@@ -243,7 +243,7 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
     tables = {name: to_markdown(ABLATIONS[name], rows) for name, rows in results.items()}
     last = list(results)[-1]
     with whole(folder / f"{last}.png") as partial:
-        draw(ABLATIONS[last], results[last]).savefig(partial, format="png")
+        draw(ABLATIONS[last], results[last]).savefig(partial)
     lines = [
         f"# Ablations of {facts['model']} on {facts['data']}",
         f"{facts['num_test']} test images; {facts['num_pasted']} with pasted defects and without, of "

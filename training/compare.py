@@ -52,7 +52,7 @@ from rad.evaluation import (
     measure_records,
     read_truths,
 )
-from rad.files import whole
+from rad.files import remove_partials, whole
 from rad.pipeline_loading import EMBEDDED_MODELS
 
 COLUMNS = {  # of the table: heading, and how a value is written
@@ -184,7 +184,7 @@ def score(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None
         peer = load_peer(method, category, pipeline, args)
         test = load_dataset(args.data_dir, args.dataset_format, "test", [category])
         picked = evenly(len(test), args.max_test_samples)
-        with tempfile.TemporaryDirectory(prefix=".records-", dir=args.output_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=args.output_dir) as folder:
             peak_memory()
             records = keep_records(
                 peer.score, hashlib.sha256(), test, picked, folder, args.map_size, batch_size=1, dtype=np.float32
@@ -320,6 +320,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
 
     # 1. What is there already; all of it must come from the same arguments
     pipeline = RADPipeline.load(args.model)
@@ -382,7 +383,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     # 3. Time them side by side
     rows = report(time_in_turns(categories, args))
     with whole(folder / "comparison.png") as partial:
-        draw(rows).savefig(partial, format="png")
+        draw(rows).savefig(partial)
     print((folder / "results.md").read_text())
     return rows
 

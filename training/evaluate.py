@@ -330,7 +330,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for name, picture in figures.items():
         (folder / "figures").mkdir(exist_ok=True)
         with whole(folder / "figures" / f"{name}.png") as partial:
-            picture.image.save(partial, "png")
+            picture.image.save(partial)
     sections = {}
     for category in tqdm(results["categories"], "Drawing"):
         records = [record for record in found.records if record.category == category]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from rad import RADPipeline
 from rad.data import AnomalyDataset
 from rad.evaluation import Truth, evenly
-from rad.files import whole
+from rad.files import remove_partials, whole
 from rad.image_processor import ImageInput
 from rad.models.evidence import Evidence, paper_scores, to_grid
 from rad.models.normality import NormalityModel
@@ -88,6 +88,9 @@ def store(
 ) -> RawMaps:
     """Computes the batches that are not in the folder yet, every process its share."""
     folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partials(folder)
+    accelerator.wait_for_everyone()
     starts = range(0, len(truths), batch_size)[accelerator.process_index :: accelerator.num_processes]
     for start in tqdm(starts, desc=f"Scoring, {folder.name}", disable=not accelerator.is_local_main_process):
         path = folder / f"{start:06d}.safetensors"

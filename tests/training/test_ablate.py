@@ -225,6 +225,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
     given = (Accelerator(cpu=True), tmp_path / "maps", truths, ["brick"], 2, compute)
     with pytest.raises(KeyboardInterrupt):
         raw_maps.store(*given)
+    (tmp_path / "maps" / ".partial-7-000004.safetensors").write_bytes(b"half")  # of a process that was killed
     stored = raw_maps.store(*given)
     assert asked == [[0, 1], [2, 3], [4], [4]]
     assert stored.load("maps").tolist() == [0, 1, 2, 3, 4] and stored.pick([3, 1]).load("maps").tolist() == [3, 1]
