@@ -4,7 +4,7 @@
     accelerate launch training/ablate.py --model mtd --data_dir MTD --dataset_format mtd --output_dir ablations-mtd
 
 Every setting is measured on two sets: the test images, and good training images that the model held out, each also
-with a defect pasted on. Defaults are chosen by the second. Statistics of good images never come from an image that
+with a defect drawn on it. Defaults are chosen by the second. Statistics of good images never come from an image that
 they are measured on: one half of the images held out gets the defects, the other half gives the statistics for them.
 The test images get the model's own statistics and, where a setting needs others, those of all images held out.
 

@@ -10,7 +10,7 @@ below the table. DRAEM needs anomalib: pip install -r requirements-bench.txt.
 
 What is fitted and measured stays in the output folder, <method>-<category>.safetensors and .json: the same command
 goes on where it was stopped, and methods can be added. Peers depend on the pipeline's frozen backbone and resolution
-alone; after the pipeline itself has changed, --refit rad measures it anew beside them.
+alone; after the pipeline or the code of rad has changed, --refit rad measures it anew beside them.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         metavar="N",
         help=(
-            "Measure on N good training images, each also with a pasted defect, and leave the test set alone. The "
+            "Measure on N good training images, each also with a drawn defect, and leave the test set alone. The "
             "model has seen them: to choose settings, use ablate.py."
         ),
     )
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        help="Of the noise, by default as in the model's statistics, and 0 in paper mode; of pasted defects, 0.",
+        help="Of the noise, by default as in the model's statistics, and 0 in paper mode; of drawn defects, 0.",
     )
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument("--output_dir", required=True, help="Where everything is written.")
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_data(args: argparse.Namespace) -> AnomalyDataset:
-    """The test split, or good training images with pasted defects."""
+    """The test split, or good training images with drawn defects."""
     if args.dataset_name:
         return load_hub_dataset(
             args.dataset_name,

@@ -25,7 +25,7 @@ from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from rad import RADPipeline
+from rad import RADPipeline, evaluation
 from rad.data import load_dataset
 from rad.data.batches import from_uint8, to_uint8
 from rad.data.synthetic import write_synthetic
@@ -258,7 +258,7 @@ def test_a_rerun_keeps_what_is_fitted_and_a_changed_pipeline_is_measured_anew(ro
     assert json.loads((output / "results.json").read_text())["rows"] == again
 
 
-def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_without_normality):
+def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_without_normality, monkeypatch):
     args = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu"])
 
     def mark(method, of):
@@ -274,6 +274,11 @@ def test_peers_depend_on_the_backbone_alone(folders, pipeline, small_pipeline_wi
     more = compare.parse_args(["--data_dir", str(folders / "data"), "--device", "cpu", "--max_train_steps", "5"])
     for method, same in (("padim", True), ("patchcore", True), ("autoencoder", False)):
         assert (compare.marks_of(method, "brick", pipeline, more) == mark(method, pipeline)) is same
+
+    before = {method: mark(method, pipeline) for method in ("rad", "padim")}
+    monkeypatch.setattr(evaluation, "version", lambda name: "another")
+    assert {name for name, value in mark("rad", pipeline).items() if value != before["rad"][name]} == {"code"}
+    assert mark("padim", pipeline) == before["padim"]
 
 
 @pytest.mark.parametrize("method", ["padim", "padim_coarse", "patchcore", "autoencoder", "denoising_autoencoder"])
