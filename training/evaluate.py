@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
+from launching import share_cores
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
