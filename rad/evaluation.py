@@ -56,7 +56,7 @@ class DrawnDefects(AnomalyDataset):
         seed: Of the defects, whose kinds take turns.
     """
 
-    def __init__(self, dataset: AnomalyDataset, count: int, seed: int = 0):
+    def __init__(self, dataset: AnomalyDataset, count: int, seed: int = 0) -> None:
         self.dataset, self.seed, self.picked = dataset, seed, evenly(len(dataset), count)
         samples = []
         for position, i in enumerate(self.picked):
@@ -120,7 +120,7 @@ def check_truths(truths: Sequence[Truth], name: str) -> None:
 class Lazy(Sequence):
     """Items made when they are asked for: `read(source)` of each source."""
 
-    def __init__(self, read: Callable[[Any], np.ndarray], sources: Sequence):
+    def __init__(self, read: Callable[[Any], np.ndarray], sources: Sequence) -> None:
         self.read, self.sources = read, sources
 
     def __len__(self) -> int:

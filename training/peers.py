@@ -31,7 +31,7 @@ class Embedding(nn.Module):
         mode: How `F.interpolate` resizes.
     """
 
-    def __init__(self, pipeline: RADPipeline, strides: tuple[int, ...], grid: int, average: bool, mode: str):
+    def __init__(self, pipeline: RADPipeline, strides: tuple[int, ...], grid: int, average: bool, mode: str) -> None:
         super().__init__()
         self.extractor, self.grid, self.average, self.mode = pipeline.feature_extractor, grid, average, mode
         self.stages = [i for i, s in enumerate(self.extractor.network.feature_info.reduction()) if s in strides]
@@ -64,7 +64,7 @@ class Peer(nn.Module):
     flags: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         super().__init__()
         self.processor, self.args, self.device = pipeline.image_processor, args, pipeline.device
 
@@ -131,7 +131,7 @@ class RAD(Peer):
 
     title = "RAD"
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         super().__init__(pipeline, args)
         self.settings = f"the model {args.model}, trained beforehand; single scores come from the same pass."
         self.pipeline = pipeline
@@ -158,7 +158,7 @@ class PaDiM(Peer):
         "of sigma 4, image score = its maximum."
     )
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         super().__init__(pipeline, args)
         self.embedding = Embedding(pipeline, (4, 8, 16), self.grid, self.average, self.mode)
 
@@ -208,7 +208,7 @@ class PatchCore(Peer):
 
     title, flags, found = "PatchCore", ("coreset_ratio",), ("memory",)
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         super().__init__(pipeline, args)
         self.embedding = Embedding(pipeline, (8, 16), grid=8, average=True, mode="bilinear")
         self.settings = (
@@ -283,7 +283,7 @@ class Autoencoder(Peer):
     title, flags = "autoencoder", ("max_train_steps", "train_batch_size", "mixed_precision")
     skip, noise_std = False, 0.0
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         super().__init__(pipeline, args)
         self.network = ConvAutoencoder(self.skip, pipeline.config.resolution).to(self.device)
         kind = (
@@ -322,7 +322,7 @@ class DenoisingAutoencoder(Autoencoder):
 class ConvAutoencoder(nn.Module):
     """Five strided convolutions and their mirror image, with a vector of 100 numbers or skip connections between."""
 
-    def __init__(self, skip: bool, resolution: int, widths: tuple[int, ...] = (3, 32, 64, 128, 128, 128)):
+    def __init__(self, skip: bool, resolution: int, widths: tuple[int, ...] = (3, 32, 64, 128, 128, 128)) -> None:
         super().__init__()
         self.skip, pairs = skip, list(zip(widths, widths[1:], strict=False))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs)
@@ -356,7 +356,7 @@ class DRAEM(Peer):
 
     title, flags = "DRAEM", ("draem_train_steps", "train_batch_size", "mixed_precision", "draem_width", "texture_dir")
 
-    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace):
+    def __init__(self, pipeline: RADPipeline, args: argparse.Namespace) -> None:
         from anomalib.models.image.draem import torch_model
 
         super().__init__(pipeline, args)

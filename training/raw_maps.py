@@ -146,7 +146,7 @@ class Passes:
         max_draws: A power of 2.
     """
 
-    def __init__(self, pipeline: RADPipeline, timesteps: list[int], max_draws: int):
+    def __init__(self, pipeline: RADPipeline, timesteps: list[int], max_draws: int) -> None:
         self.pipeline, self.further, self.max_draws = pipeline, timesteps, max_draws
         self.timesteps = list(pipeline.normality.config.timesteps)
 
