@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .data import AnomalyDataset, Sample
-from .data.synthetic import DEFECTS, add_defect
+from .data.defects import DEFECTS, add_defect
 from .image_processor import decode, to_pil
 from .metrics import image_auroc, image_metrics, pixel_curves, pixel_metrics
 from .models.evidence import GLOBAL
