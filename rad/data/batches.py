@@ -56,7 +56,7 @@ class TrainingSampler(Sampler[list[Draw]]):
         start: int = 0,
         rank: int = 0,
         num_processes: int = 1,
-    ):
+    ) -> None:
         if not 0 < crop_size <= resolution:
             raise ValueError(f"The crop size must lie in 1 .. {resolution}, the resolution, got {crop_size}.")
         self.num_images, self.batch_size, self.seed, self.start = num_images, batch_size, seed, start
@@ -103,7 +103,7 @@ class TrainingImages(Dataset):
         labels: list[int],
         processor: RADImageProcessor,
         decoded: dict[int, torch.Tensor | None],
-    ):
+    ) -> None:
         self.dataset, self.indices, self.labels = dataset, indices, labels
         self.processor, self.decoded = processor, decoded
 

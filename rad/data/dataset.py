@@ -46,7 +46,7 @@ class AnomalyDataset(Dataset):
         samples: In a fixed order.
     """
 
-    def __init__(self, samples: Sequence[Sample]):
+    def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = list(samples)
 
     def __len__(self) -> int:

@@ -1,5 +1,8 @@
 """Frozen ImageNet features: what RAN's feature head predicts and what the normality model is a Gaussian of."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         backbone: str = "tf_efficientnet_lite0",
         out_indices: tuple[int, ...] = (0, 1, 2, 3),
         feature_stride: int = 8,
-    ):
+    ) -> None:
         super().__init__()
         self.network = timm.create_model(backbone, features_only=True, out_indices=tuple(out_indices))
         info = self.network.feature_info
@@ -43,7 +46,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         self.eval()
 
     @classmethod
-    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs) -> "RADFeatureExtractor":
+    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs: Any) -> "RADFeatureExtractor":
         """A backbone with timm's ImageNet weights, downloaded on first use.
 
         Raises:
@@ -73,17 +76,17 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         return super().train(False)
 
     @torch.no_grad()
-    def calibrate(self, batches) -> None:
+    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """Sets the mean and standard deviation of each channel from good images.
 
         RAN weighs raw channels equally, so those of the largest variance rule the error; here each counts alike.
 
         Args:
-            batches: Iterable of images [B, 3, H, W] in [-1, 1].
+            batches: Images [B, 3, H, W] in [-1, 1].
         """
         self.channel_mean.zero_()
         self.channel_std.fill_(1.0)
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for images in batches:
             features = self(images).double().transpose(0, 1).flatten(1)
             count += features.shape[1]

@@ -379,8 +379,8 @@ def test_a_bad_file_is_one_row_with_its_error(scored):
     assert [bool(row.error) for row in scored.rows] == [False, True, False, True]
     assert "is not an image" in scored.rows[1].error and "truncated" in scored.rows[3].error
     assert scored.rows[0].score == scored.rows[2].score
-    table = batch.table(scored, 0.2)
-    assert list(table.verdict) == ["defect", "error", "defect", "error"]
+    verdicts = [row[batch.HEADERS.index("verdict")] for row in batch.table(scored, 0.2)]
+    assert verdicts == ["defect", "error", "defect", "error"]
     assert "2 defects in 2" in batch.summary(scored, 0.2) and "2 files could not be read" in batch.summary(scored, 0.2)
 
 
@@ -392,9 +392,10 @@ def test_verdicts_and_areas_are_those_of_the_rate(part, page_model, two_category
     assert row.verdict(1e-9) == "good" and row.share(1e-9) == 0
 
 
-def test_no_odds_that_good_pictures_can_not_tell(scored):
+def test_no_odds_that_good_pictures_cannot_tell(scored):
     """With 12 good pictures no rarer ones than 1 in 120; programs get the p-value as it is, and this."""
-    assert (batch.table(scored, 0.2)["p-value"].dropna() >= 0.0083).all()
+    p_values = [row[batch.HEADERS.index("p-value")] for row in batch.table(scored, 0.2)]
+    assert all(p >= 0.0083 for p in p_values if p is not None) and p_values.count(None) == 2
     assert batch.records(scored, 0.2)[0]["p_value_resolution"] == pytest.approx(1 / 120)
 
 

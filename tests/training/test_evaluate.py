@@ -167,7 +167,7 @@ def test_the_report_stands_alone_and_escapes_names(whole):
     assert len(text) < 3_000_000
 
 
-def test_names_can_not_break_a_markdown_table(whole):
+def test_names_cannot_break_a_markdown_table(whole):
     from rad.report import Table
 
     table = Table("a\n# b", "", ["name", "value"], [["<b>|\nx", "![](https://a.b/c_d.png)"]])
