@@ -248,12 +248,12 @@ def test_files_of_the_server_are_not_served(served):
         urllib.request.urlopen(f"{served.local_url}gradio_api/file={ROOT / 'LICENSE'}")
 
 
-# -- the README's examples --------------------------------------------------------------------------------------------
+# -- the documentation's examples --------------------------------------------------------------------------------------
 
 
 def example(language: str, served) -> str:
-    """The README's example of the API in a language, for this server."""
-    section = (ROOT / "README.md").read_text().split("### The page as an API")[1].split("\n### ")[0]
+    """The documentation's example of the API in a language, for this server."""
+    section = (ROOT / "training/docs/page.md").read_text().split("\n## The API\n")[1]
     code = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
     return code.replace("http://127.0.0.1:7860/", served.local_url)
 

@@ -122,6 +122,16 @@ def test_all_component_classes_are_exported(kind):
     assert own and own <= set(rad.__all__) and rad.__all__ == sorted(rad.__all__)
 
 
+def test_the_readme_leads_to_every_page_and_no_link_is_dead():
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages += sorted((ROOT / "training" / "docs").glob("*.md"))
+    links = {
+        page: {to for to in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in to} for page in pages
+    }
+    assert not [f"{page.name}: {to}" for page in pages for to in links[page] if not (page.parent / to).exists()]
+    assert {page.relative_to(ROOT).as_posix() for page in pages[1:]} <= links[pages[0]]
+
+
 def test_pre_commit_runs_a_ruff_that_the_project_allows():
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (bound,) = (line for line in EXTRAS["test"] if line.startswith("ruff>="))
