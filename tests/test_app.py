@@ -248,7 +248,7 @@ def test_files_of_the_server_are_not_served(served):
         urllib.request.urlopen(f"{served.local_url}gradio_api/file={ROOT / 'LICENSE'}")
 
 
-# -- the documentation's examples --------------------------------------------------------------------------------------
+# -- the documentation's examples -------------------------------------------------------------------------------------
 
 
 def example(language: str, served) -> str:

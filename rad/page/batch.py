@@ -181,7 +181,7 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
 
 
 def table(batch: Batch, rate: float) -> list[list[str | float | None]]:
-    """Under `HEADERS`, the rows as people read them, in the files' order; no p-value that good pictures cannot tell."""
+    """Rows under `HEADERS`, as people read them, in the files' order; no p-value that good pictures cannot tell."""
     least = models.normality(batch.model).p_value_resolution
     return [
         [
