@@ -42,10 +42,10 @@ def inspect(
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
-        result: Its is_anomalous, p_value (how often a good part looks as odd), score, regions (box, area, peak) and more.
+        result: Its is_anomalous, p_value (how often a good part looks as odd), score, regions (box, area, peak).
         overlay: The picture with heat and outlined regions.
         mask: Defective pixels in white.
-        files: Overlay, map as 16-bit PNG (1024 a deviation of good parts, 8192 is 0) and .npy, mask, result as JSON.
+        files: Overlay, map as 16-bit PNG (1024 is a deviation of good parts, 8192 is 0), .npy, mask, result as JSON.
     """
     check_rate(false_alarm_rate)
     scored = _score(image, model, category)
