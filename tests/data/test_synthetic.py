@@ -35,7 +35,8 @@ def test_layout(small_set):
     assert set(files_of(small_set)) == expected
     assert [path.name for path in small_set.parent.iterdir()] == ["set"]  # nothing half-written is left
     for path in small_set.rglob("*.png"):
-        image = Image.open(path)
+        with Image.open(path) as image:
+            image.load()
         is_mask = path.stem.endswith("_mask")
         assert image.size == (64, 64) and image.mode == ("L" if is_mask else "RGB")
         if is_mask:

@@ -13,6 +13,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
+from conftest import size_of
 from PIL import Image
 
 from rad import RADPipeline
@@ -279,7 +280,7 @@ def test_files_to_download(inspected, tmp_path):
     deep = np.asarray(Image.open(paths["part_map.png"]))
     assert deep.dtype == np.uint16 and np.abs(deep / 1024 - 8 - anomaly_map.clip(-8, 56)).max() <= 0.5 / 1024 + 1e-9
     assert (np.asarray(Image.open(paths["part_mask.png"])) == 255 * decision.mask[0]).all()
-    assert Image.open(paths["part_overlay.png"]).size == (120, 90)
+    assert size_of(paths["part_overlay.png"]) == (120, 90)
     assert json.loads(Path(paths["part_result.json"]).read_text()) == result
     assert result == inspection.result(inspected, 0.2, decision)
 
