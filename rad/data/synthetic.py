@@ -14,7 +14,6 @@ Lengths in this module are in units of 1/256 of the image side, so that a part l
 import argparse
 import math
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -26,6 +25,7 @@ from scipy import ndimage
 from skimage import data
 from tqdm.auto import tqdm
 
+from ..files import whole
 from .defects import DEFECTS, add_defect
 from .drawing import MIN_SIZE, mix, noise, ramp, relief, rgb, turn
 
@@ -364,17 +364,10 @@ def write_synthetic(
         for index in range(count)
     ]
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
+    with whole(root) as folder:
+        folder.mkdir()
         for job in tqdm(jobs, desc="synthetic", unit="image"):
-            _write_image(partial, *job, size, seed)
-        if root.exists():
-            root.rmdir()
-        partial.rename(root)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            _write_image(folder, *job, size, seed)
     return root
 
 
