@@ -431,7 +431,7 @@ def test_gallery_has_the_oddest_first_of_those_that_are_kept(tmp_path):
 def test_tables_and_maps_to_download(scored, tmp_path):
     paths = [Path(path) for path in batch.save(scored, 0.2, tmp_path)]
     assert [path.name for path in paths] == ["batch.csv", "batch.json", "maps.zip"]
-    rows = list(csv.DictReader(paths[0].open()))
+    rows = list(csv.DictReader(paths[0].read_text().splitlines()))
     records = json.loads(paths[1].read_text())["pictures"]
     assert [row["verdict"] for row in rows] == [row["verdict"] for row in records]
     assert float(rows[0]["score"]) == records[0]["score"]
