@@ -26,7 +26,7 @@ from scipy.stats import betabinom, binom
 from tqdm.auto import tqdm
 
 from .data import AnomalyDataset, Sample
-from .data.synthetic import DEFECTS, add_defect
+from .data.defects import DEFECTS, add_defect
 from .files import remove_partials, whole
 from .image_processor import ImageInput, decode, to_pil
 from .metrics import image_metrics, pixel_curves, pixel_metrics
@@ -36,8 +36,8 @@ from .pipeline_rad import RADPipeline
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 LIBRARIES = ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffusers")  # that results depend on
 SOURCE = Path(__file__).parent
-# Of its modules those that show, publish or watch: no number depends on them
-PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "monitor.py", "report.py", "visualization.py")
+# Of its modules those that show or publish: no number depends on them
+PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "report.py", "visualization.py")
 
 
 def evenly(count: int, limit: int | None) -> list[int]:

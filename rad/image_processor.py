@@ -25,7 +25,7 @@ class RADImageProcessor:
         resolution: Side of that square in pixels. The aspect ratio is not kept: `resize_map` undoes it.
     """
 
-    def __init__(self, resolution: int = 256):
+    def __init__(self, resolution: int = 256) -> None:
         self.resolution = resolution
 
     def preprocess(self, images: PipelineImageInput) -> tuple[torch.Tensor, list[tuple[int, int]]]:

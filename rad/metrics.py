@@ -1,7 +1,7 @@
 """Image and pixel metrics: exact, ties included, in bounded memory, and fast enough for whole test sets.
 
 Pixel metrics take `maps` and `masks`, two sequences of equal length that may be gone through several times: arrays
-`[N, H, W]`, lists of `[H, W]` arrays of any sizes, or sequences that read an item from disk when it is asked for.
+[N, H, W], lists of [H, W] arrays of any sizes, or sequences that read an item from disk when it is asked for.
 A map is finite and higher where more anomalous; its mask has the same shape, bool or 0/1, true on defects. The pixels
 of all images are pooled. A `ValueError` says what is wrong with the input: NaN, shapes that differ, one class only.
 """
@@ -19,7 +19,7 @@ MAX_PIXELS = 2**23  # sorted at a time
 
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`image_auroc`, `image_ap` and `image_f1_max` of `scores` `[N]` against `labels` `[N]` (1: anomalous)."""
+    """`image_auroc`, `image_ap` and `image_f1_max` of `scores` [N] against `labels` [N] (1: anomalous)."""
     return {
         "image_auroc": image_auroc(scores, labels),
         "image_ap": average_precision(scores, labels),
@@ -28,17 +28,17 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def image_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve of `scores` `[N]` against `labels` `[N]` (1: anomalous), in [0, 1]; scikit-learn's."""
+    """Area under the ROC curve of `scores` [N] against `labels` [N] (1: anomalous), in [0, 1]; scikit-learn's."""
     return float(roc_auc_score(*_check_scores(scores, labels)))
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Average precision of `scores` `[N]` against `labels` `[N]` (1: anomalous), in (0, 1]; scikit-learn's."""
+    """Average precision of `scores` [N] against `labels` [N] (1: anomalous), in (0, 1]; scikit-learn's."""
     return float(average_precision_score(*_check_scores(scores, labels)))
 
 
 def f1_max(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The highest F1 score, 2 PR / (P + R), that any threshold on `scores` `[N]` reaches, in (0, 1]."""
+    """The highest F1 score, 2 PR / (P + R), that any threshold on `scores` [N] reaches, in (0, 1]."""
     precision, recall, _ = precision_recall_curve(*_check_scores(scores, labels))
     found = recall > 0
     return float(np.max(2 * (precision * recall)[found] / (precision + recall)[found]))
@@ -67,7 +67,7 @@ def pixel_metrics(
         all in [0, 1].
 
     Raises:
-        ValueError: also for a rate outside (0, 1].
+        ValueError: Also for a rate outside (0, 1].
     """
     for max_fpr in max_fprs:
         if not 0 < max_fpr <= 1:
@@ -105,7 +105,7 @@ def pixel_curves(
     """The ROC (`fpr`, `tpr`), precision-recall (`tpr`, `precision`) and PRO (`fpr`, `pro`) curves, to be drawn.
 
     Returns:
-        float arrays `[K]`, from the highest threshold to the lowest: `threshold`, `fpr`, `tpr`, `precision`, `pro`.
+        Float arrays [K], from the highest threshold to the lowest: `threshold`, `fpr`, `tpr`, `precision`, `pro`.
         Each row is exact; at most `num_points` rows are kept, evenly spread over the scores of defect pixels, beside
         the two ends at thresholds of plus and minus infinity.
     """
@@ -121,11 +121,11 @@ def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None, data_rang
     """Peak signal-to-noise ratio in dB of two arrays of one shape, infinite where they are equal.
 
     Args:
-        mask: true where pixels count, of the arrays' shape or of their leading dimensions (`[H, W]` for `[H, W, C]`).
-        data_range: the difference between the highest and the lowest possible value.
+        mask: True where pixels count, of the arrays' shape or of their leading dimensions ([H, W] for [H, W, C]).
+        data_range: The difference between the highest and the lowest possible value.
 
     Raises:
-        ValueError: shapes that differ, NaN or infinite values, or no pixel to compare.
+        ValueError: Shapes that differ, NaN or infinite values, or no pixel to compare.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
@@ -157,7 +157,7 @@ def _check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 
 class _Part(NamedTuple):
-    """Part of all curves, from high thresholds to low: arrays `[K]`, a row for each different score of a defect pixel.
+    """Part of all curves, from high thresholds to low: arrays [K], a row for each different score of a defect pixel.
 
     Between two such scores only good pixels are added, so a curve goes from the last row's height straight right to
     `fpr_above` and then, in a line, up to `fpr` and the row's own height.

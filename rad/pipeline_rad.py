@@ -58,7 +58,7 @@ class RADPipeline(RADLoaderMixin):
         discriminator: RADDiscriminator | None = None,
         resolution: int = 256,
         num_noise_samples: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(
             unet=unet,

@@ -129,12 +129,12 @@ class RADScheduler(DDPMScheduler):
 
     def _chain(self, timesteps: Timesteps, respaced: bool) -> tuple[DiffusionChain, np.ndarray]:
         """The chain and the positions of `timesteps` in it."""
-        timesteps = _on_cpu(timesteps)
-        if timesteps.min() < 0 or timesteps.max() >= self.config.num_train_timesteps:
-            raise ValueError(f"timesteps must lie in 0 .. {self.config.num_train_timesteps - 1}, got {timesteps}.")
+        steps = _on_cpu(timesteps)
+        if steps.min() < 0 or steps.max() >= self.config.num_train_timesteps:
+            raise ValueError(f"timesteps must lie in 0 .. {self.config.num_train_timesteps - 1}, got {steps}.")
         chain = self.respaced_chain if respaced else self.full_chain
-        index = np.searchsorted(chain.timesteps, timesteps)
-        missing = sorted(set(timesteps[chain.timesteps[index] != timesteps].tolist()))
+        index = np.searchsorted(chain.timesteps, steps)
+        missing = sorted(set(steps[chain.timesteps[index] != steps].tolist()))
         if missing:
             raise ValueError(f"timesteps {missing} are not among the {len(chain.timesteps)} respaced timesteps.")
         return chain, index

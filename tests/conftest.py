@@ -1,6 +1,7 @@
 """Small real pipelines with random weights, fitted to crops of photographs. Shared: a test must not change them."""
 
 import os
+from pathlib import Path
 
 from hub_server import HOME, HUB, HubServer
 
@@ -37,6 +38,12 @@ def texture(name: str, seed: int) -> Image.Image:
     crop = photograph.resize((RESOLUTION, RESOLUTION), box=(left, top, left + 2 * RESOLUTION, top + 2 * RESOLUTION))
     pixels = np.asarray(crop, np.float32)[..., None] * [1.0, 0.9, 0.8] * rng.uniform(0.95, 1.05)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture."""
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADPipeline:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import texture
+from conftest import size_of, texture
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -160,7 +160,7 @@ def test_inspect(client, part, page_model, two_category_pipeline):
     assert result["regions"] == [
         {"box": list(r.box), "area": r.area, "peak": pytest.approx(r.peak)} for r in found.regions[0]
     ]
-    assert Image.open(overlay).size == (120, 90)
+    assert size_of(overlay) == (120, 90)
     assert (np.asarray(Image.open(mask).convert("L")) == 255 * found.mask[0]).all()
     raw = next(path for path in files if path.endswith(".npy"))
     assert (np.load(raw) == found.anomaly_map[0]).all()
@@ -169,12 +169,12 @@ def test_inspect(client, part, page_model, two_category_pipeline):
 def test_explain(client, part):
     levels, pictures, maps = client.predict(image=handle_file(part), api_name="/explain")
     assert {20, 201, 401} <= set(levels["timesteps"]) and len(pictures) == 4 * len(levels["noise_levels"])
-    assert maps[0]["caption"] == "fused" and Image.open(maps[0]["image"]).size == (256, 256)
+    assert maps[0]["caption"] == "fused" and size_of(maps[0]["image"]) == (256, 256)
 
 
 def test_restore(client, part):
     restored, result = client.predict(image=handle_file(part), category="gravel", api_name="/restore")
-    assert Image.open(restored).size == (120, 90)
+    assert size_of(restored) == (120, 90)
     assert result["distances"][-1] < result["distances"][0] and result["category"] == "gravel"
 
 
@@ -248,12 +248,12 @@ def test_files_of_the_server_are_not_served(served):
         urllib.request.urlopen(f"{served.local_url}gradio_api/file={ROOT / 'LICENSE'}")
 
 
-# -- the README's examples --------------------------------------------------------------------------------------------
+# -- the documentation's examples -------------------------------------------------------------------------------------
 
 
 def example(language: str, served) -> str:
-    """The README's example of the API in a language, for this server."""
-    section = (ROOT / "README.md").read_text().split("### The page as an API")[1].split("\n### ")[0]
+    """The documentation's example of the API in a language, for this server."""
+    section = (ROOT / "training/docs/page.md").read_text().split("\n## The API\n")[1]
     code = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
     return code.replace("http://127.0.0.1:7860/", served.local_url)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import size_of
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -82,4 +83,4 @@ def test_command_line_scores_a_picture(tmp_path, monkeypatch, capsys):
     runpy.run_module("rad", run_name="__main__")  # as `python -m rad` does
     told = capsys.readouterr().out
     assert "DEFECT" in told and str(tmp_path / "out" / "heatmap.png") in told
-    assert Image.open(tmp_path / "out" / "heatmap.png").size == Image.open(bad).size
+    assert size_of(tmp_path / "out" / "heatmap.png") == size_of(bad)

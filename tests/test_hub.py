@@ -276,7 +276,7 @@ def test_variant_and_dtype(hub, pipeline, saved, tmp_path):
         load(variant="fp16")
     push(half, variant="fp16")  # beside the other weights
     hub.requests.clear()
-    loaded = load(variant="fp16", torch_dtype=torch.float16, cache_dir=tmp_path / "elsewhere")
+    loaded = load(variant="fp16", dtype=torch.float16, cache_dir=tmp_path / "elsewhere")
     assert loaded.unet.dtype == torch.float16
     assert_same_weights(loaded, half)
     assert not any(path.endswith(WEIGHTS) for _, path in hub.requests)

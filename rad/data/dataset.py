@@ -100,13 +100,10 @@ class AnomalyDataset(Dataset):
         """
         sample = self[index]
         if not sample.label:
-            if size is None:
-                size = (
-                    sample.image
-                    if isinstance(sample.image, Image.Image)
-                    else Image.open(sample.image, formats=FORMATS)
-                ).size[::-1]
-            return np.zeros(size, dtype=bool)
+            if size is None and isinstance(sample.image, Path):
+                with Image.open(sample.image, formats=FORMATS) as image:
+                    size = image.size[::-1]
+            return np.zeros(sample.image.size[::-1] if size is None else size, dtype=bool)
         if sample.mask is None:
             return None
         parts = []

@@ -1,8 +1,10 @@
 """Data sets of the Hugging Face Hub, or anything else that `datasets.load_dataset` reads."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,7 +20,9 @@ class HubDataset(AnomalyDataset):
     `samples[i].image` names the row only: take `dataset[i].image`.
     """
 
-    def __init__(self, samples: list[Sample], rows, image_column: str, mask_column: str | None = None):
+    def __init__(
+        self, samples: list[Sample], rows: Sequence[dict[str, Any]], image_column: str, mask_column: str | None = None
+    ) -> None:
         super().__init__(samples)
         self.rows, self.image_column, self.mask_column = rows, image_column, mask_column
 

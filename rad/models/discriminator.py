@@ -22,7 +22,9 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, stage_channels: tuple[int, ...] = (24, 40, 112), widths: tuple[int, ...] = (40, 80, 112)):
+    def __init__(
+        self, stage_channels: tuple[int, ...] = (24, 40, 112), widths: tuple[int, ...] = (40, 80, 112)
+    ) -> None:
         super().__init__()
         if len(stage_channels) != len(widths):
             raise ValueError(f"stage_channels and widths must be of one length, got {stage_channels} and {widths}.")

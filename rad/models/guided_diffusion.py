@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -92,7 +93,7 @@ def check_state_dict(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
 
 
 def convert_guided_diffusion(
-    state_dict: Mapping[str, torch.Tensor], categories: Sequence[str] = (), **config
+    state_dict: Mapping[str, torch.Tensor], categories: Sequence[str] = (), **config: Any
 ) -> RADUNet2DModel:
     """Our U-Net with guided-diffusion's weights.
 
@@ -141,7 +142,7 @@ def convert_guided_diffusion(
     return model
 
 
-def load_guided_diffusion(path: str | Path, categories: Sequence[str] = (), **config) -> RADUNet2DModel:
+def load_guided_diffusion(path: str | Path, categories: Sequence[str] = (), **config: Any) -> RADUNet2DModel:
     """`convert_guided_diffusion` of a file.
 
     Raises:

@@ -92,7 +92,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         top_k: int = 64,
         num_scores: int = 1,
         discriminator: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         _check_weights("weights", weights, [name for name in _weighted_names() if name != GLOBAL])
         _check_weights("image_weights", image_weights, _weighted_names())

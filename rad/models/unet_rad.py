@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         feature_channels: int = 192,
         feature_stride: int = 8,
         categories: tuple[str, ...] = (),
-    ):
+    ) -> None:
         super().__init__()
         num_decoder_blocks = len(up_block_types) * (layers_per_block + 1)
         if not -num_decoder_blocks <= feature_block < num_decoder_blocks:
@@ -98,7 +99,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_named_config(cls, name: str, **overrides) -> "RADUNet2DModel":
+    def from_named_config(cls, name: str, **overrides: Any) -> "RADUNet2DModel":
         """A network with random weights, by name: "small" (that of the embedded checkpoints, 8 M parameters), "base"
         (92 M, for a GPU) or "ran" (as published, 553 M)."""
         if name not in NAMED_CONFIGS:
@@ -176,7 +177,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         hidden = unet.mid_block(hidden, emb)
 
         # 3. Decoder, written out so that the feature head can read any of its residual blocks
-        features, position = None, 0
+        features: torch.Tensor
+        position = 0
         for block in unet.up_blocks:
             attentions = getattr(block, "attentions", [None] * len(block.resnets))
             for resnet, attention in zip(block.resnets, attentions, strict=True):

@@ -42,10 +42,10 @@ def inspect(
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
-        result: is_anomalous, p_value (how often a good part looks as odd), score, regions (box, area, peak) and more
-        overlay: the picture with heat and outlined regions
-        mask: defective pixels in white
-        files: overlay, map as 16-bit PNG (1024 is a deviation of good parts, 8192 is 0) and .npy, mask, result as JSON
+        result: Its is_anomalous, p_value (how often a good part looks as odd), score, regions (box, area, peak).
+        overlay: The picture with heat and outlined regions.
+        mask: Defective pixels in white.
+        files: Overlay, map as 16-bit PNG (1024 is a deviation of good parts, 8192 is 0), .npy, mask, result as JSON.
     """
     check_rate(false_alarm_rate)
     scored = _score(image, model, category)
@@ -63,9 +63,9 @@ def explain(image: str, model: str, category: str, request: gr.Request) -> tuple
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
-        result: noise levels and their timesteps
-        levels: for each level in turn the noised picture, the denoised one, the KL map and the feature map
-        maps: that of each score, the fused one first
+        result: Noise levels and their timesteps.
+        levels: For each level in turn the noised picture, the denoised one, the KL map and the feature map.
+        maps: That of each score, the fused one first.
     """
     scored = _score(image, model, category)
     steps = why.explain(scored)
@@ -87,8 +87,8 @@ def restore(image: str, model: str, category: str, request: gr.Request) -> tuple
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
-        restored: the restored picture, at most 768 pixels wide and high
-        result: the distance to good parts before the first and after each step, in deviations of good parts
+        restored: The restored picture, at most 768 pixels wide and high.
+        result: The distance to good parts before the first and after each step, in deviations of good parts.
     """
     scored = _score(image, model, category)
     restored = why.restore(scored)
@@ -110,8 +110,8 @@ def inspect_batch(
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
     Returns:
-        result: a row for each picture, with verdict, score, p_value, anomalous_share and error
-        files: the table as CSV and as JSON, and a zip of all maps as 16-bit PNG
+        result: A row for each picture, with verdict, score, p_value, anomalous_share and error.
+        files: The table as CSV and as JSON, and a zip of all maps as 16-bit PNG.
     """
     *_, done = many.score_all([archive], model, category, request.session_hash, [false_alarm_rate])
     paths = many.save(done, false_alarm_rate, visitors.new_folder(request.session_hash))
@@ -128,8 +128,8 @@ def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tup
         model: Whose network to use: "synthetic", "mtd" or the id of a RAD model of the Hub.
 
     Returns:
-        result: the token that stands for this model in the other calls, and false alarms on held-out good pictures
-        pipeline: a zip of the folder that `RADPipeline.from_pretrained` loads
+        result: The token that stands for this model in the other calls, and false alarms on held-out good pictures.
+        pipeline: A zip of the folder that `RADPipeline.from_pretrained` loads.
     """
     token = product.fit([archive], name, model, request.session_hash)
     return {"model": token, "self_check": product.self_check(token)}, product.save(token)
@@ -143,7 +143,7 @@ def describe_model(model: str) -> dict[str, Any]:
         model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
 
     Returns:
-        result: categories, good images behind the thresholds, resolution, timesteps, parameters, results and card
+        result: Categories, good images behind the thresholds, resolution, timesteps, parameters, results and card.
     """
     return catalogue.describe(model)
 

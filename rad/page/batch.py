@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
-import pandas as pd
 
 from rad.image_processor import overlay
 from rad.models.evidence import FUSED
@@ -181,10 +180,10 @@ def make_row(name: str, inspection: Inspection, stem: Path, rates: Collection[fl
     return Row(name, "", *numbers, stem.with_suffix(".webp"), stem.with_suffix(".png"))
 
 
-def table(batch: Batch, rate: float) -> pd.DataFrame:
-    """The rows as people read them, in the order of the files; no p-value that good pictures cannot tell."""
+def table(batch: Batch, rate: float) -> list[list[str | float | None]]:
+    """Rows under `HEADERS`, as people read them, in the files' order; no p-value that good pictures cannot tell."""
     least = models.normality(batch.model).p_value_resolution
-    rows = [
+    return [
         [
             row.name,
             row.verdict(rate),
@@ -196,7 +195,6 @@ def table(batch: Batch, rate: float) -> pd.DataFrame:
         ]
         for row in batch.rows
     ]
-    return pd.DataFrame(rows, columns=HEADERS)
 
 
 def summary(batch: Batch, rate: float) -> str:
@@ -267,7 +265,14 @@ def save(batch: Batch, rate: float, folder: Path) -> list[str]:
 
 
 @handler
-def on_run(paths, model: str, category: str, rate: float, request: gr.Request, progress=gr.Progress()):
+def on_run(
+    paths: list[str] | None,
+    model: str,
+    category: str,
+    rate: float,
+    request: gr.Request,
+    progress: gr.Progress = gr.Progress(),
+) -> Iterator[tuple]:
     """Rows as they come; gallery and plot follow from `on_redraw`, at the rate that is set by then."""
     last = 0.0
     for batch in score_all(paths, model, category, request.session_hash):
@@ -281,12 +286,12 @@ def on_run(paths, model: str, category: str, rate: float, request: gr.Request, p
 
 
 @handler
-def on_redraw(batch: Batch | None, rate: float):
+def on_redraw(batch: Batch | None, rate: float) -> tuple | list:
     return [gr.skip()] * 4 if batch is None or not batch.rows else show(batch, rate)
 
 
 @handler
-def on_save(batch: Batch | None, rate: float, request: gr.Request):
+def on_save(batch: Batch | None, rate: float, request: gr.Request) -> list[str]:
     if batch is None or not batch.rows:
         raise ValueError("Score some pictures first.")
     return save(batch, rate, visitors.new_folder(request.session_hash))

@@ -77,12 +77,14 @@ def card(model: str) -> str:
 
 
 @handler
-def on_model(model: str):
+def on_model(model: str) -> tuple[str, str]:
     return facts(model), card(model)
 
 
 @handler
-def on_load(repo_id: str, known, progress=gr.Progress(track_tqdm=True)):
+def on_load(
+    repo_id: str, known: list[tuple[str, str]], progress: gr.Progress = gr.Progress(track_tqdm=True)
+) -> tuple[list[tuple[str, str]], gr.Dropdown]:
     repo_id = repo_id.strip()
     if not repo_id:
         raise ValueError("Give the id of a model of the Hub, such as user/repo.")

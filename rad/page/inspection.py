@@ -174,7 +174,7 @@ def save(inspection: Inspection, rate: float, folder: Path) -> tuple[dict[str, A
 # -- handlers ---------------------------------------------------------------------------------------------------------
 
 
-def check_upload(path: str):
+def check_upload(path: str) -> str | Image.Image | None:
     """Says at once why a file is refused, and shows those that browsers do not."""
     try:
         image = decode(path)
@@ -185,7 +185,7 @@ def check_upload(path: str):
 
 
 @handler
-def on_inspect(path: str | None, model: str, category: str, progress=gr.Progress()):
+def on_inspect(path: str | None, model: str, category: str, progress: gr.Progress = gr.Progress()) -> Inspection:
     """Scores the picture; what is shown of it follows from `on_redraw`, at the rate that is set by then."""
     if path is None:
         raise ValueError("Upload a picture first, or pick an example.")
@@ -197,17 +197,17 @@ def on_inspect(path: str | None, model: str, category: str, progress=gr.Progress
     return inspection
 
 
-def on_scored(scored: Inspection | None, path: str | None):
+def on_scored(scored: Inspection | None, path: str | None) -> Inspection | dict:
     """A scored picture is the inspected one if it is still the one that is shown."""
     return scored if scored is not None and scored.path == path else gr.skip()
 
 
-def on_drawn(path: str | None):
+def on_drawn(path: str | None) -> tuple | list:
     return on_clear() if path is None else [gr.skip()] * len(on_clear())
 
 
 @handler
-def on_redraw(inspection: Inspection | None, rate: float):
+def on_redraw(inspection: Inspection | None, rate: float) -> tuple | list:
     """Verdict, layers, boxes, table and histogram at a false-alarm rate, from the kept maps: no model runs."""
     if inspection is None:
         return [gr.skip()] * 5
@@ -240,13 +240,13 @@ def on_redraw(inspection: Inspection | None, rate: float):
     return verdict, stack, (draw_regions(inspection.view, mask, shown), boxes), table, histogram
 
 
-def on_clear():
+def on_clear() -> tuple:
     """What is shown where there is no picture: nothing of the one before."""
     return None, NO_VERDICT, None, None, [], empty(HISTOGRAM), None, None, ""
 
 
 @handler
-def on_save(inspection: Inspection | None, rate: float, request: gr.Request):
+def on_save(inspection: Inspection | None, rate: float, request: gr.Request) -> list[str]:
     if inspection is None:
         raise ValueError("Inspect a picture first.")
     return save(inspection, rate, visitors.new_folder(request.session_hash))[1]
@@ -347,7 +347,7 @@ def build(settings: Settings) -> None:
     image.upload(check_upload, image, image, api_visibility="private", concurrency_limit=4)
     gr.on([image.clear, image.upload], **clearing)
 
-    def choose(event: gr.SelectData):
+    def choose(event: gr.SelectData) -> tuple[str, str, str]:
         return examples[event.index], EXAMPLES_MODEL, models.AUTO
 
     chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")

@@ -5,6 +5,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ try:
     import spaces
 except ImportError:  # anywhere but on a Space
 
-    def gpu(function):
+    def gpu(function: Callable) -> Callable:
         return function
 else:
     gpu = spaces.GPU  # does nothing where there is no ZeroGPU

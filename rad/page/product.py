@@ -143,8 +143,14 @@ def report(model: str) -> str:
 
 @handler
 def on_fit(
-    paths, name: str, model: str, known, rate: float, request: gr.Request, progress=gr.Progress(track_tqdm=True)
-):
+    paths: list[str] | None,
+    name: str,
+    model: str,
+    known: list[tuple[str, str]],
+    rate: float,
+    request: gr.Request,
+    progress: gr.Progress = gr.Progress(track_tqdm=True),
+) -> tuple:
     progress(0.0, desc="Reading the pictures")
     token = fit(paths, name, model, request.session_hash)
     progress(0.95, desc="Packing the model")

@@ -102,7 +102,9 @@ def distance_words(distances: np.ndarray) -> str:
 
 
 @handler
-def on_explain(inspection: Inspection | None, shown: Inspection | None, progress=gr.Progress()):
+def on_explain(
+    inspection: Inspection | None, shown: Inspection | None, progress: gr.Progress = gr.Progress()
+) -> tuple | list:
     """What the tab shows of the inspected picture; nothing is done again for the same one."""
     if inspection is None or shown is inspection:
         return [gr.skip()] * 4
@@ -117,7 +119,7 @@ def on_explain(inspection: Inspection | None, shown: Inspection | None, progress
 
 
 @handler
-def on_restore(inspection: Inspection | None, progress=gr.Progress(track_tqdm=True)):
+def on_restore(inspection: Inspection | None, progress: gr.Progress = gr.Progress(track_tqdm=True)) -> tuple:
     """The picture beside its good version, the distance in words, and the steps to play; and whose they are."""
     if inspection is None:
         raise ValueError("Inspect a picture first.")
@@ -130,7 +132,7 @@ def on_restore(inspection: Inspection | None, progress=gr.Progress(track_tqdm=Tr
     return (inspection, (inspection.view, restored.images[0]), distance_words(distances), book)
 
 
-def on_restored(done: tuple | None, inspection: Inspection | None):
+def on_restored(done: tuple | None, inspection: Inspection | None) -> tuple | list:
     """Shows a restoration if its picture is still the inspected one."""
     return done[1:] if done is not None and done[0] is inspection else [gr.skip()] * 3
 

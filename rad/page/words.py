@@ -3,7 +3,8 @@
 import functools
 import html
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import gradio as gr
 
@@ -15,14 +16,14 @@ def one_sentence(action: Callable, markup: bool = False) -> Callable:
         return gr.Error(html.escape(str(error)) if markup else str(error), print_exception=False)
 
     @functools.wraps(action)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return action(*args, **kwargs)
         except (ValueError, OSError) as error:
             raise translate(error) from error
 
     @functools.wraps(action)
-    def generator(*args, **kwargs):
+    def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
         try:
             yield from action(*args, **kwargs)
         except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
+from conftest import size_of
 from PIL import Image
 
 from rad import RADPipeline
@@ -279,7 +280,7 @@ def test_files_to_download(inspected, tmp_path):
     deep = np.asarray(Image.open(paths["part_map.png"]))
     assert deep.dtype == np.uint16 and np.abs(deep / 1024 - 8 - anomaly_map.clip(-8, 56)).max() <= 0.5 / 1024 + 1e-9
     assert (np.asarray(Image.open(paths["part_mask.png"])) == 255 * decision.mask[0]).all()
-    assert Image.open(paths["part_overlay.png"]).size == (120, 90)
+    assert size_of(paths["part_overlay.png"]) == (120, 90)
     assert json.loads(Path(paths["part_result.json"]).read_text()) == result
     assert result == inspection.result(inspected, 0.2, decision)
 
@@ -379,8 +380,8 @@ def test_a_bad_file_is_one_row_with_its_error(scored):
     assert [bool(row.error) for row in scored.rows] == [False, True, False, True]
     assert "is not an image" in scored.rows[1].error and "truncated" in scored.rows[3].error
     assert scored.rows[0].score == scored.rows[2].score
-    table = batch.table(scored, 0.2)
-    assert list(table.verdict) == ["defect", "error", "defect", "error"]
+    verdicts = [row[batch.HEADERS.index("verdict")] for row in batch.table(scored, 0.2)]
+    assert verdicts == ["defect", "error", "defect", "error"]
     assert "2 defects in 2" in batch.summary(scored, 0.2) and "2 files could not be read" in batch.summary(scored, 0.2)
 
 
@@ -392,9 +393,10 @@ def test_verdicts_and_areas_are_those_of_the_rate(part, page_model, two_category
     assert row.verdict(1e-9) == "good" and row.share(1e-9) == 0
 
 
-def test_no_odds_that_good_pictures_can_not_tell(scored):
+def test_no_odds_that_good_pictures_cannot_tell(scored):
     """With 12 good pictures no rarer ones than 1 in 120; programs get the p-value as it is, and this."""
-    assert (batch.table(scored, 0.2)["p-value"].dropna() >= 0.0083).all()
+    p_values = [row[batch.HEADERS.index("p-value")] for row in batch.table(scored, 0.2)]
+    assert all(p >= 0.0083 for p in p_values if p is not None) and p_values.count(None) == 2
     assert batch.records(scored, 0.2)[0]["p_value_resolution"] == pytest.approx(1 / 120)
 
 
@@ -429,7 +431,7 @@ def test_gallery_has_the_oddest_first_of_those_that_are_kept(tmp_path):
 def test_tables_and_maps_to_download(scored, tmp_path):
     paths = [Path(path) for path in batch.save(scored, 0.2, tmp_path)]
     assert [path.name for path in paths] == ["batch.csv", "batch.json", "maps.zip"]
-    rows = list(csv.DictReader(paths[0].open()))
+    rows = list(csv.DictReader(paths[0].read_text().splitlines()))
     records = json.loads(paths[1].read_text())["pictures"]
     assert [row["verdict"] for row in rows] == [row["verdict"] for row in records]
     assert float(rows[0]["score"]) == records[0]["score"]

@@ -12,6 +12,7 @@ import evaluate
 import numpy as np
 import pytest
 from accelerate.state import PartialState
+from conftest import size_of
 from PIL import Image
 from processes import run_script_twice
 from safetensors.numpy import load_file
@@ -20,7 +21,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from rad import RADPipeline, evaluation
 from rad.data import AnomalyDataset, Sample, load_dataset
-from rad.data.synthetic import DEFECTS, add_defect, write_synthetic
+from rad.data.defects import DEFECTS, add_defect
+from rad.data.synthetic import write_synthetic
 from rad.evaluation import alpha_sweep, measure_decisions, score_dataset
 from rad.metrics import aupro
 from rad.report import draw_category
@@ -171,7 +173,7 @@ def test_the_report_stands_alone_and_escapes_names(whole):
     assert len(text) < 3_000_000
 
 
-def test_names_can_not_break_a_markdown_table(whole):
+def test_names_cannot_break_a_markdown_table(whole):
     from rad.report import Table
 
     table = Table("a\n# b", "", ["name", "value"], [["<b>|\nx", "![](https://a.b/c_d.png)"]])
@@ -326,7 +328,7 @@ def test_figures_and_the_papers_table(model, data_dir, tmp_path, capsys):
     results = run(model, data_dir, tmp_path, "--mode", "paper", "--figures", "--category", "brick")
     assert list(results["alpha_sweep"]) == [f"{alpha:g}" for alpha in np.arange(11) / 10]
     for name in ("methods", "kl_and_fused", "alpha_sweep", "restoration"):
-        assert Image.open(tmp_path / "figures" / f"{name}.png").width > 400
+        assert size_of(tmp_path / "figures" / f"{name}.png")[0] > 400
     told = capsys.readouterr().out
     assert "| RAN | 96.7 | 93.7 | published, MVTec-AD |" in told
     assert "cannot be compared" in told and "this run, OTHER DATA" in told
@@ -426,8 +428,8 @@ def test_defects_pasted_on_training_images_and_the_papers_figures_of_calibrated_
     results = run(model, data_dir, tmp_path, *more)
     assert results["num_good"] == results["num_anomalous"] == 4 and results["alpha_sweep"]["0.5"]["aupro"] > 0
     assert results["restoration"]["num_images"] == 1 and 0 < results["restoration"]["psnr_outside_mask_median_db"]
-    methods, paper = (Image.open(tmp_path / "figures" / f"{name}.png") for name in ("methods", "kl_and_fused"))
-    assert methods.width > paper.width  # more scores than the paper's
+    methods, paper = (size_of(tmp_path / "figures" / f"{name}.png") for name in ("methods", "kl_and_fused"))
+    assert methods[0] > paper[0]  # more scores than the paper's
 
 
 def test_a_data_set_of_the_hub(whole, model, data_dir, tmp_path):

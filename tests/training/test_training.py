@@ -22,7 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from checkpoints import checkpoints_of
-from conftest import new_pipeline, texture
+from conftest import new_pipeline, size_of, texture
 from huggingface_hub import HfApi, ModelCard
 from launching import TRACKERS
 from measuring import measure_test_split
@@ -157,7 +157,7 @@ def test_losses_and_pictures_of_held_out_images_are_reported(whole):
     assert len(reported["loss"]) == 4 and np.isfinite(reported["loss"]).all()
     events = EventAccumulator(str(whole / "logs" / "rad"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Images("validation")] == [4]
-    assert Image.open(whole / "validation" / "step-000004.png").width > 500
+    assert size_of(whole / "validation" / "step-000004.png")[0] > 500
 
 
 def test_the_estimate_and_the_speed_are_told_and_that_no_checkpoint_is_there_yet(data_dir, tmp_path, caplog):
@@ -234,7 +234,7 @@ def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, 
     assert set(measured) == {"image AUROC", "pixel AUROC", "pixel AP", "AUPRO (FPR <= 0.3)"}
     assert all(0 <= value <= 1 for value in measured.values())
     assert "8 for training and 2 held out" in card.text and "hf_secret" not in card.content
-    assert Image.open(folder / "results.png").width > 500
+    assert size_of(folder / "results.png")[0] > 500
 
 
 # -- interruption -----------------------------------------------------------------------------------------------------
