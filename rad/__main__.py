@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from rad import RADPipeline
+from rad.files import whole
 from rad.image_processor import decode, overlay
 from rad.models.false_alarms import p_value_text
 from rad.pipeline_loading import EMBEDDED_MODELS
@@ -28,7 +29,8 @@ def main() -> None:
     image = decode(args.image)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    overlay(image, output.anomaly_map[0], *pipeline.normality.heat_range()).save(path)
+    with whole(path) as partial:
+        overlay(image, output.anomaly_map[0], *pipeline.normality.heat_range()).save(partial)
     low, high = output.false_alarm_interval
     verdict = "DEFECT" if output.is_anomalous[0] else "good"
     odds = p_value_text(float(output.p_value[0]), pipeline.normality.p_value_resolution)

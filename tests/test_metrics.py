@@ -105,14 +105,14 @@ class Lazy(Sequence):
 
 def test_memory_does_not_grow_with_the_number_of_images():
     def mask(index):
-        return np.arange(64 * 64).reshape(64, 64) // 16 == index % 256
+        return np.arange(32 * 32).reshape(32, 32) // 16 == index % 64
 
     def score(index):
-        return np.random.default_rng(index).random((64, 64), np.float32) + 0.2 * mask(index)
+        return np.random.default_rng(index).random((32, 32), np.float32) + 0.2 * mask(index)
 
     def peak(count):
         tracemalloc.start()
-        pixel_metrics(Lazy(score, count), Lazy(mask, count), max_pixels=2**9)
+        pixel_metrics(Lazy(score, count), Lazy(mask, count), max_pixels=2**7)
         bytes_held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_held
