@@ -282,12 +282,9 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, mo
 def test_a_launcher_that_is_stopped_stops_the_run(data_dir, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     flags = ["--max_train_steps", "5000", "--checkpointing_steps", "2", "--dataloader_num_workers", "1"]
-    process = subprocess.Popen(
-        [*launch, *map(str, command(data_dir, tmp_path, *flags))],
-        cwd=ROOT,
-        env=environment(),
-        stderr=(tmp_path / "log").open("w"),
-    )
+    run = [*launch, *map(str, command(data_dir, tmp_path, *flags))]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(run, cwd=ROOT, env=environment(), stderr=log)
     while not checkpoints_of(tmp_path) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # accelerate's launcher does not pass it on
