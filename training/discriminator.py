@@ -9,7 +9,7 @@ from rad import RADPipeline
 from rad.data.batches import to_uint8
 from rad.data.pasting import artificial_batches
 from rad.image_processor import PipelineImageInput
-from rad.models.discriminator import RADDiscriminator
+from rad.models.discriminator import RADDiscriminator, computes_bf16
 
 
 def fit_discriminator(
@@ -53,11 +53,11 @@ def fit_discriminator(
             torch.default_generator.manual_seed(seed)
             discriminator = RADDiscriminator(stage_channels=tuple(channels))
         pipeline.register_modules(discriminator=discriminator.to(device))
-    discriminator = pipeline.discriminator.requires_grad_(True)
+    discriminator, bf16 = pipeline.discriminator.requires_grad_(True), computes_bf16(device)
 
     def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         for x_0, mask in artificial_batches(pixels, categories, batch_size, seed):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 stages = [stage.float() for stage in extractor.stages(x_0.to(device))]
             side = stages[-len(discriminator.config.stage_channels)].shape[-1]
             yield stages, F.adaptive_avg_pool2d(mask.to(device), side)

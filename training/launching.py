@@ -15,6 +15,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from rad.models.discriminator import computes_bf16
+
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 
 
@@ -64,8 +66,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
     share_cores()
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
-    processor = torch.cpu.get_capabilities()
-    if on_cpu and args.mixed_precision == "auto" and (processor.get("avx512_bf16") or processor.get("amx_bf16")):
+    if on_cpu and args.mixed_precision == "auto" and computes_bf16(torch.device("cpu")):
         mixed_precision = "bf16"
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
     if args.report_to != "none" and not trackers:

@@ -76,7 +76,7 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
         self.train()
         for _ in range(num_steps):
             stages, mask = next(batches)
-            with torch.autocast(mask.device.type, torch.bfloat16):
+            with torch.autocast(mask.device.type, torch.bfloat16, enabled=computes_bf16(mask.device)):
                 logits = self(stages)
             loss = _loss(logits.float(), (mask > 0.3).float(), 1 + 4 * (mask > 0).float())
             optimizer.zero_grad()
@@ -85,6 +85,12 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
             schedule.step()
             progress(loss.item())
         return self.eval()
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16: processors that do not emulate it, several times slower than float32."""
+    processor = torch.cpu.get_capabilities()
+    return device.type != "cpu" or bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
 
 
 def _block(channels: int, width: int, kernel_size: int = 3) -> nn.Sequential:
