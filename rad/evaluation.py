@@ -210,7 +210,7 @@ def score_dataset(
         kwargs: `mode`, `num_noise_samples` and `seed` of the pipeline.
     """
     pipeline.set_progress_bar_config(disable=True)
-    known = [] if pipeline.normality is None or infer_category else pipeline.normality.config.categories
+    known = [] if infer_category else pipeline.categories
 
     def score(images: list[ImageInput], category: str) -> Scored:
         if at_resolution:

@@ -35,7 +35,12 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what processes that were killed had begun to write in a folder."""
+    """Removes what processes that were killed had begun to write in a folder; what they were about to replace is put
+    back if nothing had taken its place yet."""
+    for old in folder.glob(".partial-old-*"):
+        target = old.with_name(old.name.split("-", 3)[3])
+        if not target.exists():
+            old.rename(target)
     for path in folder.glob(".partial-*"):
         _remove(path)
 

@@ -72,8 +72,9 @@ class RADPipeline(RADLoaderMixin):
         if normality is not None and normality.config.num_noise_samples is None:  # saved before it was stored
             normality.register_to_config(num_noise_samples=num_noise_samples)
 
-    def _categories(self) -> list[str]:
-        """Those that are known: of good images or, where there are none, of the U-Net."""
+    @property
+    def categories(self) -> list[str]:
+        """Names of those that are known: of good images or, where there are none, of the U-Net."""
         return list((self.unet if self.normality is None else self.normality).config.categories)
 
     def _noise(
@@ -132,7 +133,7 @@ class RADPipeline(RADLoaderMixin):
         check_scoring(mode, score_type, self.normality, false_alarm_rate, output_type, map_size)
         noise = self._noise(timesteps, num_noise_samples, seed, calibrated=mode == "calibrated")
         images = check_images(image, batch_size)
-        labels = check_labels(class_labels, len(images), self._categories())
+        labels = check_labels(class_labels, len(images), self.categories)
 
         maps: dict[str, list[np.ndarray]] = {}
         scores: dict[str, list[torch.Tensor]] = {}
@@ -142,7 +143,7 @@ class RADPipeline(RADLoaderMixin):
                 # 1. Decode and resize, every image by itself
                 x_0, sizes = self.image_processor.preprocess(images[batch])
                 # 2. Look at it: one stacked pass of the U-Net
-                evidence = self.measure(x_0, labels[batch], *noise, raw_channels=mode == "paper")
+                evidence = self.measure(x_0, labels[batch], *noise)
                 # 3. Judge by what good images look like
                 if mode == "paper":
                     found = paper_scores(evidence)
@@ -170,7 +171,6 @@ class RADPipeline(RADLoaderMixin):
         timesteps: Sequence[int] | None = None,
         draws: int | None = None,
         seed: int | None = None,
-        raw_channels: bool = False,
     ) -> Evidence:
         """Looks at images: a pass of the extractor, then one of the U-Net for all timesteps and draws. All scores and
         fits are made of what this finds.
@@ -179,8 +179,6 @@ class RADPipeline(RADLoaderMixin):
             x_0: Images [B, 3, S, S] in [-1, 1], on any device.
             labels: Category of each image by name; None where it is to be found out, as far as good images are known.
             timesteps, draws, seed: As in scoring, with the same defaults; nothing is refused here.
-            raw_channels: Weigh the extractor's raw channels equally in the feature error, as RAN does, not the
-                standardised ones.
 
         Raises:
             ValueError: There are no draws or timesteps, or a timestep is not on the respaced chain.
@@ -216,11 +214,11 @@ class RADPipeline(RADLoaderMixin):
         rgb = (x0_hat - x_0.float()).abs().mean(1)
         residuals = features.float()[:, None] - output.features.float().unflatten(0, (len(features), -1))
         squared = residuals.square()
-        if raw_channels:
-            squared = squared * self.feature_extractor.channel_std.float().square().view(-1, 1, 1)
+        raw = squared * self.feature_extractor.channel_std.float().square().view(-1, 1, 1)
         return Evidence(
             kl=kl.mean(1).unflatten(0, stack).mean(2),
             error=squared.mean(2).unflatten(1, stack[1:]).mean(2),
+            raw_error=raw.mean(2).unflatten(1, stack[1:]).mean(2),
             rgb=rgb.unflatten(0, stack).mean(2),
             features=features,
             residuals=residuals.mean(1),
@@ -254,7 +252,7 @@ class RADPipeline(RADLoaderMixin):
             raise ValueError(f"Give one image, not a list of {len(image)}.")
         x_0, _ = self.image_processor.preprocess(image)
         timesteps, _, seed = self._noise(timesteps, 1, seed)
-        evidence = self.measure(x_0, check_labels(class_labels, 1, self._categories()), timesteps, 1, seed)
+        evidence = self.measure(x_0, check_labels(class_labels, 1, self.categories), timesteps, 1, seed)
         return RADDenoisingOutput(
             timesteps=timesteps,
             noise_levels=np.sqrt(1.0 - self.scheduler.full_chain.alphas_cumprod[timesteps]),
@@ -275,7 +273,7 @@ class RADPipeline(RADLoaderMixin):
         categories: list[str] | None = None,
         holdout_categories: list[str] | None = None,
         timesteps: list[int] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         batch_size: int = 4,
         accelerator: "accelerate.Accelerator | None" = None,
         num_noise_samples: int | None = None,
@@ -291,11 +289,11 @@ class RADPipeline(RADLoaderMixin):
                 fold by fold.
             categories, holdout_categories: Category of each image; by default one, "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
-            seed: Of the noise, here and then in scoring.
+            seed: Of the noise, here and then in scoring; by default the present one, or 0.
             batch_size: Images in one stacked pass of the U-Net.
             accelerator: Of several processes, all of which pass the same lists: each scores its share of the images,
                 and all get the same statistics.
-            num_noise_samples: Noise draws at each timestep, here and then in scoring; by default the pipeline's own.
+            num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
 
         Returns:
@@ -309,11 +307,11 @@ class RADPipeline(RADLoaderMixin):
         names = check_categories(good, held_out, categories, holdout_categories)
         known = sorted(set(names))
         if self.normality is not None:
-            kept = ("weights", "image_weights", "context", "top_k", "timesteps")
+            kept = ("weights", "image_weights", "context", "top_k")
             config = {key: self.normality.config[key] for key in kept} | config
-        timesteps = timesteps or config.get("timesteps") or self.scheduler.default_timesteps
-        draws = self.config.num_noise_samples if num_noise_samples is None else num_noise_samples
-        config |= {"timesteps": list(timesteps), "num_noise_samples": draws, "seed": seed}
+        timesteps, draws, seed = self._noise(timesteps, num_noise_samples, seed)
+        config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
+        config["discriminator"] = self.discriminator is not None
         channels, stride = self.feature_extractor.num_channels, self.feature_extractor.config.feature_stride
         size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
         map_size = self.config.resolution // 4  # RAN's 64 x 64
@@ -334,7 +332,7 @@ class RADPipeline(RADLoaderMixin):
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
         residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
         summaries = torch.empty(len(own), self.feature_extractor.num_summaries)
-        num_maps = 3 * len(timesteps) + (self.discriminator is not None)
+        num_maps = 3 * len(timesteps) + config["discriminator"]
         raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
         with self.progress_bar(total=len(own)) as progress:
             for batch in batches(len(own), batch_size):
@@ -392,7 +390,7 @@ class RADPipeline(RADLoaderMixin):
         # 0. Check inputs
         check_restoration(self.normality, num_steps, step_size, denoise_every, anneal, pixel_rate)
         images = [decode(one) for one in check_images(image, batch_size)]
-        labels = check_labels(class_labels, len(images), self._categories())
+        labels = check_labels(class_labels, len(images), self.categories)
 
         restored = RADRestorationOutput(images=[], intermediates=[], distances=[])
         for batch in batches(len(images), batch_size):

@@ -54,8 +54,22 @@ def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_folder_there(tmp
 def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / ".partial-7-model").mkdir()
     (tmp_path / ".partial-7-model" / "half").touch()
-    (tmp_path / ".partial-old-8-model").mkdir()
+    (tmp_path / ".partial-old-8-table.json").touch()
     (tmp_path / ".partial-8-table.json").touch()
     (tmp_path / "table.json").touch()
     remove_partials(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
+    """Between the two renames; but not where the new one is there."""
+    for name, replaced in (("model-a", False), ("model-b", True)):
+        (tmp_path / f".partial-old-123-{name}").mkdir()
+        (tmp_path / f".partial-old-123-{name}" / "old").touch()
+        if replaced:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "new").touch()
+        (tmp_path / f".partial-123-{name}").mkdir()
+    remove_partials(tmp_path)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["model-a", "model-a/old", "model-b", "model-b/new"]

@@ -259,6 +259,7 @@ def test_without_statistics_the_networks_own_categories_count(two_category_pipel
         assert np.array_equal(output.maps["pixel"], expected.maps["pixel"])
     for output in (other, unknown):
         assert not np.array_equal(output.maps["pixel"], expected.maps["pixel"])
+    assert bare.categories == two_category_pipeline.categories == ["brick", "gravel"]
 
 
 def test_a_twin_can_be_fitted_while_the_pipeline_stays(pipeline, good_images):
@@ -269,6 +270,10 @@ def test_a_twin_can_be_fitted_while_the_pipeline_stays(pipeline, good_images):
     assert np.array_equal(pipeline(good_images[0]).anomaly_map, before.anomaly_map)
     assert twin.normality.config.seed == 3 and twin.normality.config.num_noise_samples == 2
     assert np.array_equal(twin(good_images[0]).score, twin(good_images[0], seed=3, num_noise_samples=2).score)
+    again = twin.with_normality(twin.normality).fit_normality(good_images[:6]).normality
+    assert again.config.seed == 3 and again.config.num_noise_samples == 2  # as the present ones, unless told otherwise
+    with pytest.raises(ValueError, match="The list of timesteps is empty"):
+        twin.fit_normality(good_images[:6], timesteps=[])
 
 
 def test_short_chains_have_default_timesteps(small_pipeline_without_normality, good_images):

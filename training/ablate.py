@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from raw_maps import Passes, RawMaps, refit, split_good, store
 from tqdm.auto import tqdm
 
-from rad import RADPipeline
+from rad import RADPipeline, data
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
 from rad.evaluation import (
     METRICS,
@@ -320,7 +320,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
     files = [(str(sample.image), sample.image.stat().st_size) for sample in [*sets["test"].samples, *dataset.samples]]
     settings = [files, further, args.max_draws, args.num_seeds, args.max_draw_samples, args.max_test_samples]
     settings += [args.max_good_samples, args.holdout_fraction, args.max_train_samples, args.seed, args.batch_size]
-    settings.append(hashlib.sha256(Path(raw_maps.__file__).read_bytes()).hexdigest())
+    sources = [Path(raw_maps.__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]  # that draw defects, too
+    settings += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     folder = Path(args.raw_dir or output_dir / "raw") / fingerprint(pipeline, settings).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)

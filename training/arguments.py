@@ -5,6 +5,7 @@ import argparse
 from diffusers.optimization import SchedulerType
 
 from rad.data import DATASET_FORMATS
+from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
 from rad.models.unet_rad import NAMED_CONFIGS
 from rad.pipeline_loading import EMBEDDED_MODELS
 
@@ -98,8 +99,13 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=3000,
         help="Of training the discriminator on artificial defects; 0 leaves out its score.",
     )
-    add("--map_weights", type=float, nargs=5, help="KL, feature error, residual, Mahalanobis, discriminator: map.")
-    add("--image_weights", type=float, nargs=6, help="The same five in the image score, and the global score's.")
+    add("--map_weights", type=float, nargs=len(MAP_WEIGHTS), help=f"In the map, of {', '.join(MAP_WEIGHTS)}.")
+    add(
+        "--image_weights",
+        type=float,
+        nargs=len(IMAGE_WEIGHTS),
+        help=f"In the image score, of {', '.join(IMAGE_WEIGHTS)}.",
+    )
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
 
     add = parser.add_argument_group("training").add_argument

@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        help="Of the noise, by default as in the model's statistics, and 0 in paper mode; of drawn defects, 0.",
+        help="Of the noise, by default that of the model's statistics, or 0 without any; and of drawn defects, 0.",
     )
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument("--output_dir", required=True, help="Where everything is written.")
@@ -152,7 +152,7 @@ def restore(
     The true mask is dilated by 1/16 of the side, because a defect's edge has no sharp end.
     """
     image = decode(dataset[record.index].image)
-    known = [] if args.infer_category else pipeline.normality.config.categories
+    known = [] if args.infer_category else pipeline.categories
     label = record.category if record.category in known else None
     restored = pipeline.restore(image, class_labels=label)
     again = pipeline(restored.images[0], class_labels=label, false_alarm_rate=0.01)

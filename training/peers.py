@@ -139,7 +139,7 @@ class RAD(Peer):
         pipeline.set_progress_bar_config(disable=True)
 
     def score(self, images: list[ImageInput], category: str) -> Scored:
-        known = [] if self.pipeline.normality is None else self.pipeline.normality.config.categories
+        known = self.pipeline.categories
         output = self.pipeline(images, class_labels=category if category in known else None)
         titles = {name: self.title if name == FUSED else f"{self.title}, {name} alone" for name in output.maps}
         return Scored(

@@ -119,7 +119,7 @@ def refit(
     config = pipeline.normality.config
     refitted = pipeline.with_normality(pipeline.normality)
     refitted.set_progress_bar_config(
-        desc="Fitting normality without the pasted images", disable=not accelerator.is_local_main_process
+        desc="Fitting normality without the images that get defects", disable=not accelerator.is_local_main_process
     )
     refitted.fit_normality(
         [dataset[i].image for i in train],
@@ -164,13 +164,12 @@ class Passes:
         x_0, sizes = self.pipeline.image_processor.preprocess(images)
         labels = [normality.config.categories.index(name) for name in categories]
         evidence = self.pipeline.measure(x_0, categories, self.timesteps)
-        raw_channels = self.pipeline.measure(x_0, categories, self.timesteps, raw_channels=True)
-        map_size, (ran, _) = normality.config.map_size, paper_scores(raw_channels)
+        map_size, (ran, _) = normality.config.map_size, paper_scores(evidence)
         tensors = {
             "raw": normality.raw_maps(evidence, labels),
             "size": torch.tensor(sizes, dtype=torch.int32),
             "global": normality.global_distance(evidence.summaries, labels),
-            "raw_channels": to_grid(raw_channels.error, map_size),
+            "raw_channels": to_grid(evidence.raw_error, map_size),
             "ran_pixel": ran["pixel"],
             "ran_feature": ran["feature"],
             "features": F.adaptive_avg_pool2d(evidence.features.float(), 2),

@@ -48,7 +48,8 @@ class Evidence:
 
     Attributes:
         kl: KL in bits, mean over colour channels and noise draws, [B, T, S, S]; RAN's pixel-level score s_t.
-        error: Squared error of the predicted features, mean over channels and draws, [B, T, g, g]; RAN's s^f_t.
+        error: Squared error of the predicted features, mean over channels and draws, [B, T, g, g].
+        raw_error: The same of the extractor's raw channels, before each is brought to one scale; RAN's s^f_t.
         rgb: |x0_hat - x_0|, mean over colour channels and draws, [B, T, S, S].
         features: The extractor's, [B, C, g, g].
         residuals: The features less their prediction, mean over timesteps and draws, [B, C, g, g].
@@ -61,6 +62,7 @@ class Evidence:
 
     kl: torch.Tensor
     error: torch.Tensor
+    raw_error: torch.Tensor
     rgb: torch.Tensor
     features: torch.Tensor
     residuals: torch.Tensor
@@ -94,7 +96,7 @@ def paper_scores(evidence: Evidence, alpha: float = 0.5) -> tuple[dict[str, torc
     z-score within each image; an image's score is the mean of the 64 largest values."""
     kl = evidence.kl
     z = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
-    error = F.interpolate(evidence.error, kl.shape[-2:], mode="bilinear")
+    error = F.interpolate(evidence.raw_error, kl.shape[-2:], mode="bilinear")
     maps = {
         FUSED: (alpha * z + (1 - alpha) * error).mean(1),
         "pixel": z.mean(1),

@@ -96,6 +96,9 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         super().__init__()
         _check_weights("weights", weights, [name for name in _weighted_names() if name != GLOBAL])
         _check_weights("image_weights", image_weights, _weighted_names())
+        # What was asked for; None is chosen anew by each fit
+        self._asked = {"gaussian_size": gaussian_size, "gaussian_channels": gaussian_channels}
+        self._asked["gaussian_block"] = gaussian_block
         self._register_buffers()
 
     def _register_buffers(self) -> None:
@@ -399,18 +402,22 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         num_scored: int,
     ) -> None:
         """Takes sizes from what it is to be fitted to, and those that nobody chose by the defaults."""
-        several, size = len(categories) > 1, self.config.gaussian_size or features.shape[-1] // 2
-        block = size // 2 if several and size % 2 == 0 else 1
+        config, asked, several = self.config, self._asked, len(categories) > 1
+        num_maps = 3 * len(config.timesteps) + config.discriminator
+        if raw_maps.shape[1] != num_maps:
+            raise ValueError(f"The raw maps must be {num_maps} of each image, got {raw_maps.shape[1]}.")
+        if not any(config.weights.get(name) for name in self.score_types):
+            raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
+        size = asked["gaussian_size"] or features.shape[-1] // 2
         self.register_to_config(
             categories=list(categories),
             feature_channels=features.shape[1],
             num_summaries=summaries.shape[1],
             gaussian_size=size,
-            gaussian_channels=self.config.gaussian_channels or min(192 if several else 140, features.shape[1]),
-            gaussian_block=self.config.gaussian_block or block,
+            gaussian_channels=asked["gaussian_channels"] or min(192 if several else 140, features.shape[1]),
+            gaussian_block=asked["gaussian_block"] or (size // 2 if several and size % 2 == 0 else 1),
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
-            discriminator=raw_maps.shape[1] == 3 * len(self.config.timesteps) + 1,
         )
         self._register_buffers()
         self.to(raw_maps.device)
@@ -431,5 +438,5 @@ def _check_weights(argument: str, weights: Mapping[str, float], names: Sequence[
 
 def _weighted_sum(maps: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
     """The maps that have a weight and are there, in the registry's order: sums round alike whoever asks."""
-    first, *rest = [weights[name] * maps[name] for name in SCORE_TYPES if name in weights and name in maps]
-    return sum(rest, start=first)
+    zero = torch.zeros_like(next(iter(maps.values())))
+    return sum((weights[name] * maps[name] for name in SCORE_TYPES if name in weights and name in maps), start=zero)

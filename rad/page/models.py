@@ -84,8 +84,10 @@ def load(model: str) -> Loaded:
 def _load(model: str) -> Loaded:
     if model in offered():
         source = offered()[model]
-        pipeline = RADPipeline.load(source)
-        folder = EMBEDDED_DIR / source if source in EMBEDDED_MODELS else Path(source)
+        # By its name an embedded model is meant, with its card, whatever folder of that name stands beside the page
+        embedded = source in EMBEDDED_MODELS
+        pipeline = (RADPipeline.from_embedded if embedded else RADPipeline.from_pretrained)(source)
+        folder = EMBEDDED_DIR / source if embedded else Path(source)
         path = folder / "README.md" if folder.is_dir() else _download_card(source)
         return Loaded(pipeline, _on_device(pipeline), *_read_card(path))
     if model.count("/") != 1 or model.startswith(("/", ".")) or model.endswith("/"):

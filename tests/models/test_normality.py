@@ -61,7 +61,8 @@ def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **conf
     """On all images, or on the share and with the sums of one of several processes."""
     labels = [0] * len(features) if labels is None else labels
     processes = {name: config.pop(name) for name in ("share", "reduce") if name in config}
-    model = NormalityModel(**CONFIG | config)
+    discriminator = raw_maps.shape[1] > 3 * len(TIMESTEPS)
+    model = NormalityModel(**CONFIG | {"discriminator": discriminator} | config)
     fitted = model.fit(features, residuals, summarise(features), labels, raw_maps, list(categories), **processes)
     assert fitted is model  # in place
     return model
@@ -395,7 +396,13 @@ def test_scores_do_not_depend_on_the_batch(model):
 
 def evidence_of(**given: torch.Tensor) -> Evidence:
     """Of two images at two timesteps; what is not given is random."""
-    shapes = {"kl": (2, 2, 16, 16), "error": (2, 2, 4, 4), "rgb": (2, 2, 16, 16), "summaries": (2, CHANNELS)}
+    shapes = {
+        "kl": (2, 2, 16, 16),
+        "error": (2, 2, 4, 4),
+        "raw_error": (2, 2, 4, 4),
+        "rgb": (2, 2, 16, 16),
+        "summaries": (2, CHANNELS),
+    }
     shapes |= {"features": (2, CHANNELS, SIDE, SIDE), "residuals": (2, CHANNELS, SIDE, SIDE), "logits": (2, 8, 8)}
     shapes |= {"x_t": (2, 2, 3, 16, 16), "x0_hat": (2, 2, 3, 16, 16)}
     return Evidence(**{name: torch.rand(shape) for name, shape in shapes.items()} | given, categories=["tile"] * 2)
@@ -497,6 +504,29 @@ def test_settings_saved_before_weights_had_names_are_read(model, fitted_on, tmp_
     assert dict(loaded.config.image_weights) == dict(model.config.image_weights)
     draws = [x[:5] for x in fitted_on]
     assert torch.equal(score(loaded, *draws)[1]["fused"], score(model, *draws)[1]["fused"])
+
+
+def test_scores_left_out_do_not_count(fitted_on):
+    """Also all maps in the image score, which then is that of the image as a whole; but not all in the map."""
+    draws = GoodImages(seed=1).draw(20)
+    _, scores = score(fit(*fitted_on, image_weights={"global": 1.0}), *draws)
+    torch.testing.assert_close(scores["fused"], scores["global"], rtol=1e-3, atol=1e-3)
+    for weights in ({}, {"discriminator": 1.0}):
+        with pytest.raises(ValueError, match="weights must name a score that has a map here"):
+            fit(fitted_on[0], fitted_on[1], fitted_on[2][:, :-1], weights=weights)
+    with pytest.raises(ValueError, match="The raw maps must be 7 of each image, got 6"):
+        fit(fitted_on[0], fitted_on[1], fitted_on[2][:, :-1], discriminator=True)
+
+
+def test_a_second_fit_forgets_the_first(fitted_on):
+    """Sizes that nobody asked for follow from what is fitted to; the others stay."""
+    draws = [x[:20] for x in fitted_on]
+    model = NormalityModel(timesteps=TIMESTEPS, discriminator=True, gaussian_channels=3)
+    for categories, blocks in ((["tile"], 64), (["nut", "tile"], 4), (["tile"], 64)):
+        labels = [i % len(categories) for i in range(20)]
+        assert model.fit(*draws[:2], summarise(draws[0]), labels, draws[2], categories) is model
+        assert model.feature_whitening.shape[:2] == (len(categories), blocks)
+        assert model.projection.shape[1] == 3 and list(model.config.categories) == categories
 
 
 # The image as a whole

@@ -271,6 +271,15 @@ def test_a_model_without_good_parts_says_what_to_do(
     assert "none yet" in catalogue.facts("bare")
 
 
+def test_an_embedded_model_is_meant_by_its_name_whatever_folder_stands_beside_the_page(
+    two_category_pipeline, tmp_path, monkeypatch
+):
+    two_category_pipeline.save_pretrained(tmp_path / "mtd")
+    monkeypatch.chdir(tmp_path)
+    models._loaded.pop("mtd", None)
+    assert models.categories("mtd") == ["magnetic_tile"]
+
+
 def test_files_to_download(inspected, tmp_path):
     result, paths = inspection.save(inspected, 0.2, tmp_path)
     paths = {Path(path).name: path for path in paths}
