@@ -8,6 +8,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +83,9 @@ def changed(small_pipeline_without_normality, pipeline) -> RADPipeline:
 @pytest.fixture
 def no_waiting(monkeypatch):
     """Retries follow each other at once."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    # For this module alone: other threads, such as those of the page's servers, would spin
+    hurried = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", hurried)
 
 
 # -- push and load ------------------------------------------------------------------------------------------------
@@ -130,6 +134,8 @@ def test_a_pipeline_without_normality(hub, small_pipeline_without_normality):
 
 REMOTE = """
 import sys
+import time
+import types
 
 sys.modules["rad"] = None  # any import of the package fails
 import numpy as np
