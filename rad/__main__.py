@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rad import RADPipeline
 from rad.files import whole
-from rad.image_processor import decode, overlay
+from rad.image_processor import overlay
+from rad.image_reader import decode
 from rad.models.false_alarms import p_value_text
 from rad.pipeline_loading import EMBEDDED_MODELS
 
@@ -26,7 +27,7 @@ def main() -> None:
     output = pipeline(args.image, class_labels=args.category, false_alarm_rate=args.false_alarm_rate)
     seconds = time.monotonic() - start
 
-    image = decode(args.image)
+    image = decode(args.image, pipeline.image_processor.pixel_range)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:

@@ -19,16 +19,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.stats import betabinom, binom
 from tqdm.auto import tqdm
 
-from .data import AnomalyDataset, Sample
-from .data.defects import DEFECTS, add_defect
+from .data import AnomalyDataset
 from .files import remove_partials, whole
-from .image_processor import ImageInput, decode, to_pil
+from .image_reader import ImageInput, read
 from .metrics import image_metrics, pixel_curves, pixel_metrics
 from .models.evidence import GLOBAL
 from .pipeline_rad import RADPipeline
@@ -38,42 +36,6 @@ LIBRARIES = ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffu
 SOURCE = Path(__file__).parent
 # Of its modules those that show or publish: no number depends on them
 PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "report.py", "visualization.py")
-
-
-def evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of `count` positions, evenly spread."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return np.linspace(0, count - 1, limit).round().astype(int).tolist()
-
-
-class DrawnDefects(AnomalyDataset):
-    """Good images, each as it is (2 i) and again with a drawn defect (2 i + 1): defects of which all is known.
-
-    Args:
-        dataset: Of good images.
-        count: Take so many of them, evenly spread.
-        seed: Of the defects, whose kinds take turns.
-    """
-
-    def __init__(self, dataset: AnomalyDataset, count: int, seed: int = 0) -> None:
-        self.dataset, self.seed, self.picked = dataset, seed, evenly(len(dataset), count)
-        samples = []
-        for position, i in enumerate(self.picked):
-            image, category = dataset.samples[i].image, dataset.samples[i].category
-            samples += [Sample(image, category), Sample(image, category, DEFECTS[position % len(DEFECTS)])]
-        super().__init__(samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The image, and the mask of its defect as an image, drawn when they are asked for."""
-        i, sample = self.picked[index // 2], self.samples[index]
-        image = self.dataset[i].image
-        if not sample.label:
-            return Sample(image, sample.category)
-        rng = np.random.default_rng([self.seed, i])
-        pixels = np.asarray(decode(image))
-        bad, mask = add_defect(pixels, sample.defect, rng.uniform(0.1, 1.0), rng)
-        return Sample(Image.fromarray(bad), sample.category, sample.defect, Image.fromarray(mask))
 
 
 @dataclass(frozen=True)
@@ -214,7 +176,7 @@ def score_dataset(
 
     def score(images: list[ImageInput], category: str) -> Scored:
         if at_resolution:
-            images = to_pil(pipeline.image_processor.preprocess(images)[0])
+            images = [pipeline.image_processor.resize(image)[0] for image in images]
         label = category if category in known else None
         output = pipeline(images, class_labels=label, batch_size=batch_size, **kwargs)
         p_values = {}
@@ -270,7 +232,7 @@ def keep_records(
         paths = []
         for image, mask in zip(images, masks, strict=True):
             key = common.copy()
-            content = image.read_bytes() if isinstance(image, Path) else decode(image).tobytes()
+            content = image.read_bytes() if isinstance(image, Path) else np.asarray(read(image)).tobytes()
             for part in (content, b"" if mask is None else mask.tobytes(), category.encode()):
                 key.update(hashlib.sha256(part).digest())
             paths.append(folder / f"{key.hexdigest()[:32]}.safetensors")

@@ -1,32 +1,35 @@
-"""Untrusted images in; maps and pictures out. Needs torch, NumPy, Pillow and, for colours, matplotlib only."""
+"""Pictures to the networks' square input; maps and pictures back. Needs torch, NumPy, Pillow and, for colours,
+matplotlib only."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-ImageInput = Image.Image | str | Path | np.ndarray | torch.Tensor
-PipelineImageInput = ImageInput | Sequence[ImageInput]
+from .image_reader import ImageInput, PipelineImageInput, name_of, read, white_of
 
-# Raster formats only: no EPS, which would start an interpreter.
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "I;16", "I;16L", "I;16B", "F")
-MAX_SIDE = 10_000
+FULL_SCALE = (0, 255)
 
 
 class RADImageProcessor:
     """Takes images of any size to the model's square input.
 
+    Pictures of 8 bits, floats, and 16-bit pictures that use their full scale mean the same by 0 and by white. Cameras
+    of 10, 12 or 14 bits leave most of a 16-bit file's scale unused, so what their numbers mean has to be known.
+
     Args:
         resolution: Side of that square in pixels. The aspect ratio is not kept: `resize_map` undoes it.
+        pixel_range: The numbers that become black and white, (0, 4095) for 12 bits; None for the full scale of each
+            picture's own type, whatever part of it is used.
+        darkest_peak: The brightest pixel of the darkest 16-bit picture that the range was found on. A picture that
+            stays below half of it and fits into two bits fewer is taken for one of another range.
     """
 
-    def __init__(self, resolution: int = 256) -> None:
-        self.resolution = resolution
+    def __init__(self, resolution: int = 256, pixel_range: Sequence[int] | None = None, darkest_peak: int = 0) -> None:
+        self.resolution, self.darkest_peak = resolution, darkest_peak
+        self.pixel_range = None if pixel_range is None else check_pixel_range(pixel_range)
 
     def preprocess(self, images: PipelineImageInput) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Images as the model's input. Each is resized by itself (bicubic, antialiased), whatever its neighbours.
@@ -35,52 +38,89 @@ class RADImageProcessor:
             Images [B, 3, resolution, resolution], float32 in [-1, 1], and each upright image's own (height, width).
 
         Raises:
-            ValueError, FileNotFoundError: An empty list, or what `decode` refuses.
+            ValueError, FileNotFoundError: An empty list, or what `resize` refuses.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         if not images:
             raise ValueError("The list of images is empty: give at least one image.")
-        tensors, sizes = [], []
-        for image in images:
-            image = decode(image)
-            sizes.append((image.height, image.width))
-            pixels = np.asarray(image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))
-            tensors.append(torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
-        return torch.stack(tensors), sizes
+        resized, sizes = zip(*(self.resize(image) for image in images), strict=True)
+        return torch.stack([to_input(torch.from_numpy(pixels).permute(2, 0, 1)) for pixels in resized]), list(sizes)
+
+    def resize(self, image: ImageInput) -> tuple[np.ndarray, tuple[int, int]]:
+        """One image at the model's square: [resolution, resolution, 3], uint8 of an 8-bit picture and else float32 in
+        [0, 1], which is an image again, and is not changed by another pass; and the image's own (height, width).
+
+        Raises:
+            ValueError, FileNotFoundError: What `image_reader.read` refuses, or a picture of another range.
+        """
+        pixels, side = read(image), (self.resolution, self.resolution)
+        low, high = self._scale(pixels, name_of(image))
+        if isinstance(pixels, Image.Image) and (low, high) == FULL_SCALE:
+            return np.array(pixels.resize(side, Image.Resampling.BICUBIC)), (pixels.height, pixels.width)
+        pixels = np.asarray(pixels)
+        channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(pixels, 2, 0)]
+        resized = np.stack([np.asarray(c.resize(side, Image.Resampling.BICUBIC)) for c in channels], axis=2)
+        resized = ((resized - low) / (high - low)).clip(0, 1)
+        return resized.repeat(3, axis=2) if resized.shape[2] == 1 else resized, pixels.shape[:2]
+
+    def _scale(self, pixels: Image.Image | np.ndarray, name: str) -> tuple[int, int]:
+        """The numbers of a picture that become 0 and 1; raises ValueError if it has another range than the model's."""
+        if isinstance(pixels, np.ndarray) and pixels.dtype != np.uint16:
+            return 0, 1
+        own = (0, 65535) if isinstance(pixels, np.ndarray) else FULL_SCALE
+        if self.pixel_range is None or (own == FULL_SCALE and self.pixel_range in (FULL_SCALE, (0, 65535))):
+            return own
+        low, high = self.pixel_range
+        peak = int(pixels.max()) if isinstance(pixels, np.ndarray) else max(top for _, top in pixels.getextrema())
+        if self.pixel_range == FULL_SCALE and white_of(peak) == 65535:
+            return own
+        too_dark = own != FULL_SCALE and peak <= high // 4 and peak < self.darkest_peak / 2
+        if peak > high or too_dark or (own == FULL_SCALE and high > 255):
+            raise ValueError(
+                f"{name} has {8 if own == FULL_SCALE else 16}-bit pixels with values up to {peak:,}, but this model "
+                f"knows pictures of the range {low} to {high:,}"
+                f"{f', the darkest with values up to {self.darkest_peak:,}' if too_dark else ''}: "
+                "convert the picture, or fit the model to pictures like it."
+            )
+        return low, high
 
 
-def decode(image: ImageInput) -> Image.Image:
-    """One image as upright 8-bit RGB, each side 1 to 10,000 pixels.
+def find_pixel_range(peaks: Sequence[int | None]) -> tuple[tuple[int, int], int]:
+    """What the numbers of a set of pictures mean.
 
     Args:
-        image: One of
-            - a PIL image, or the path of a PNG, JPEG, BMP, TIFF, WEBP, GIF or PPM file. EXIF rotation is applied,
-              transparency is composited over white, colour profiles are ignored. 16-bit grey (modes I;16 and I) is
-              scaled by the full range 0..65535, whatever range the pixels use; 16-bit colour as Pillow reads it,
-              by its upper 8 bits. Mode F must lie in [0, 1]. Animations and multi-page files are refused; of an
-              MPO (a JPEG with further pictures, from a phone) the main picture is taken.
-            - an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a tensor [1, H, W] or [3, H, W],
-              of bool, uint8, uint16 (0..65535) or floats in [0, 1].
+        peaks: `image_reader.peak` of each picture.
+
+    Returns:
+        (0, white): of 8-bit pictures (0, 255), of 16-bit ones the first of 8, 10, 12, 14 or 16 bits that hold all of
+        them; and the smallest peak of 16-bit pictures, 0 if there are none.
 
     Raises:
-        FileNotFoundError: The path is not an existing file.
-        ValueError: Anything else that cannot be decoded in full, in one sentence.
+        ValueError: There are both 8-bit pictures and 16-bit ones that do not use their full scale.
     """
-    if isinstance(image, str | Path):
-        return _from_path(image)
-    if isinstance(image, Image.Image):
-        return _from_pil(image, "The PIL image")
-    if isinstance(image, np.ndarray):
-        return _from_array(image, "The array")
-    if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"The tensor has the shape {list(image.shape)}, but must be [1, H, W] or [3, H, W].")
-        image = image.detach().cpu().permute(1, 2, 0)
-        # NumPy knows no bfloat16.
-        return _from_array((image.float() if image.is_floating_point() else image).numpy(), "The tensor")
-    raise ValueError(
-        f"{type(image).__name__} is not an image: give a PIL image, a file path, a NumPy array or a tensor."
-    )
+    deep = [peak for peak in peaks if peak is not None]
+    if not deep:
+        return FULL_SCALE, 0
+    white = white_of(max(deep))
+    if len(deep) < len(peaks) and white not in (255, 65535):
+        raise ValueError(
+            f"{len(peaks) - len(deep)} images have 8-bit pixels and {len(deep)} have 16-bit ones with values up to "
+            f"{max(deep):,}: give images of one kind, or the pixel_range of all."
+        )
+    return (0, white), min(deep)
+
+
+def check_pixel_range(pixel_range: Sequence[int]) -> tuple[int, int]:
+    """A range as two numbers; raises ValueError unless 0 <= black < white <= 65535."""
+    low, high = (int(value) for value in pixel_range) if len(pixel_range) == 2 else (0, 0)
+    if not 0 <= low < high <= 65535:
+        raise ValueError(f"pixel_range must be black and white with 0 <= black < white <= 65535, got {pixel_range}.")
+    return low, high
+
+
+def to_input(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels, uint8 or float in [0, 1], as the networks' input in [-1, 1]."""
+    return pixels * 2 - 1 if pixels.is_floating_point() else pixels.float() / 127.5 - 1
 
 
 def resize_map(maps: torch.Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -160,81 +200,3 @@ def _heat(map: np.ndarray, vmin: float, vmax: float) -> np.ndarray:
     colors = colormaps["inferno"](heat)
     colors[..., 3] = heat
     return colors
-
-
-def _from_path(path: str | Path) -> Image.Image:
-    if not os.path.isfile(path):
-        if "://" in str(path):
-            raise ValueError(f"{path} is a URL, which is not opened: download the image and give its path.")
-        raise FileNotFoundError(f"There is no image file at {path}.")
-    name = Path(path).name
-    try:
-        # Reads the header only: the size is checked before any pixel is decoded.
-        image = Image.open(path, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image, or not one of the formats {', '.join(FORMATS)}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} has too many pixels: each side must have 1 to {MAX_SIDE:,} ({error}).") from error
-    except Exception as error:  # Pillow's parsers raise many types on damaged headers
-        raise ValueError(f"{name} cannot be read as an image ({error}).") from error
-    with image:
-        return _from_pil(image, name)
-
-
-def _from_pil(image: Image.Image, name: str) -> Image.Image:
-    # An image opened by the caller is decoded only here, hence the same rules as for a path.
-    if image.format not in (None, "MPO", *FORMATS):  # Pillow opens a JPEG with further pictures as MPO
-        raise ValueError(f"{name} is of the format {image.format}, which is not one of {', '.join(FORMATS)}.")
-    _check_size(*image.size, name)
-    if image.mode not in MODES:
-        raise ValueError(f"{name} has the pixel mode {image.mode}, which is not one of {', '.join(MODES)}.")
-    try:
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise many types on damaged pixels
-        raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
-    if animated:
-        raise ValueError(f"{name} has more than one frame: give a single frame.")
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = np.asarray(image)
-        if image.mode == "I":
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"{name} has integers outside the 16-bit range 0 to 65535.")
-            pixels = pixels.astype(np.uint16)
-        if "transparency" in image.info:
-            pixels = np.where(pixels == image.info["transparency"], np.uint16(65535), pixels)
-        return _from_array(pixels, name)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise ValueError(
-            f"{name} has the shape {list(array.shape)}, but must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]."
-        )
-    _check_size(array.shape[1], array.shape[0], name)
-    kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
-    if kind == "b":
-        array = array * np.uint8(255)
-    elif kind == "u" and bits == 16:
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif kind == "f":
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has NaN or infinite values: floats must lie in [0, 1].")
-        if array.min() < 0 or array.max() > 1:
-            raise ValueError(f"{name} has values from {array.min():g} to {array.max():g}: floats must lie in [0, 1].")
-        array = (array.astype(np.float32) * 255).round().astype(np.uint8)
-    elif kind != "u" or bits != 8:
-        raise ValueError(f"{name} is of the type {array.dtype}, but must be bool, uint8, uint16 or float in [0, 1].")
-    return _from_pil(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), name)
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ValueError(f"{name} is {width} x {height} pixels, but each side must have 1 to {MAX_SIDE:,} pixels.")

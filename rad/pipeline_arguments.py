@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .image_processor import ImageInput, PipelineImageInput
+from .image_reader import ImageInput, PipelineImageInput
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import check_rate
 from .models.normality import NormalityModel

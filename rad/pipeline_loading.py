@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
 from .image_processor import RADImageProcessor
+from .image_reader import read
 from .model_card import create_model_card
 from .models.discriminator import RADDiscriminator
 from .models.evidence import Evidence
@@ -159,6 +160,7 @@ class RADLoaderMixin(DiffusionPipeline):
         # One of each module, after those it imports; one file where this class itself was loaded from a repository
         contents = (
             upload,
+            read,
             RADImageProcessor,
             RADPipelineOutput,
             create_model_card,

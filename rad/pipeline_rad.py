@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_processor import ImageInput, PipelineImageInput, RADImageProcessor, decode, paste, resize_map, to_pil
+from .image_processor import RADImageProcessor, check_pixel_range, find_pixel_range, paste, resize_map, to_pil
+from .image_reader import ImageInput, PipelineImageInput, decode, peak
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
 from .models.feature_extractor import RADFeatureExtractor
@@ -68,9 +69,15 @@ class RADPipeline(RADLoaderMixin):
             discriminator=discriminator,
         )
         self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
-        self.image_processor = RADImageProcessor(resolution)
         if normality is not None and normality.config.num_noise_samples is None:  # saved before it was stored
             normality.register_to_config(num_noise_samples=num_noise_samples)
+
+    @property
+    def image_processor(self) -> RADImageProcessor:
+        """Takes images to the resolution, in the range of pixel values that good images have."""
+        known = {} if self.normality is None else self.normality.config
+        range_of_good = {name: known[name] for name in ("pixel_range", "darkest_peak") if name in known}
+        return RADImageProcessor(self.config.resolution, **range_of_good)
 
     @property
     def categories(self) -> list[str]:
@@ -108,7 +115,7 @@ class RADPipeline(RADLoaderMixin):
         An image's numbers depend on the image and the seed alone, not on its batch or its place in it.
 
         Args:
-            image: One image or a list; see `image_processor.decode` for what is accepted.
+            image: One image or a list; see `image_reader.read` for what is accepted.
             timesteps: Steps of the full chain on the respaced one; by default those of the normality model, or RAN's
                 20, 201, 401. Calibrated scores are fitted to theirs, and so to the next two: others are refused.
             num_noise_samples: Noise draws at each timestep, antithetic pairs from two on; by default as fitted, or the
@@ -295,12 +302,14 @@ class RADPipeline(RADLoaderMixin):
                 and all get the same statistics.
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
+                `pixel_range` is found in the images where it is not given.
 
         Returns:
             Itself.
 
         Raises:
-            ValueError: A bad image or argument, or too few images of a category; the message names it.
+            ValueError: A bad image or argument, images of several ranges of pixel values, or too few images of a
+                category; the message names it.
         """
         # 0. Check inputs
         good, held_out = check_images(images, batch_size), as_list(holdout_images)
@@ -312,10 +321,10 @@ class RADPipeline(RADLoaderMixin):
         timesteps, draws, seed = self._noise(timesteps, num_noise_samples, seed)
         config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
         config["discriminator"] = self.discriminator is not None
+        fixed_range = config.pop("pixel_range", None)
         channels, stride = self.feature_extractor.num_channels, self.feature_extractor.config.feature_stride
         size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
         map_size = self.config.resolution // 4  # RAN's 64 x 64
-        normality = NormalityModel(**config)
 
         # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -328,7 +337,17 @@ class RADPipeline(RADLoaderMixin):
                 return part
             return accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
 
-        # 2. Look at it, keeping no more than the Gaussians and the maps need
+        # 2. What the numbers in the pictures mean
+        if fixed_range is None:
+            peaks = torch.zeros(len(names), dtype=torch.int64)
+            peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
+            pixel_range, darkest = find_pixel_range([value - 1 if value else None for value in reduce(peaks).tolist()])
+        else:
+            pixel_range, darkest = check_pixel_range(fixed_range), config.get("darkest_peak", 0)
+        normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
+        processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
+
+        # 3. Look at it, keeping no more than the Gaussians and the maps need
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
         residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
         summaries = torch.empty(len(own), self.feature_extractor.num_summaries)
@@ -336,7 +355,7 @@ class RADPipeline(RADLoaderMixin):
         raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
         with self.progress_bar(total=len(own)) as progress:
             for batch in batches(len(own), batch_size):
-                x_0, _ = self.image_processor.preprocess(own[batch])
+                x_0, _ = processor.preprocess(own[batch])
                 evidence = self.measure(x_0, own_names[batch], timesteps, draws, seed)
                 features[batch] = F.adaptive_avg_pool2d(evidence.features.float(), size)
                 residuals[batch] = F.adaptive_avg_pool2d(evidence.residuals, size // 2)
@@ -346,7 +365,7 @@ class RADPipeline(RADLoaderMixin):
                     raw_maps[max(batch.start - unscored, 0) : batch.stop - unscored] = maps
                 progress.update(len(x_0))
 
-        # 3. Fit
+        # 4. Fit
         labels = [known.index(name) for name in names]
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce)
         normality.half().float()  # saved in half precision: what is used is what is saved
@@ -389,13 +408,13 @@ class RADPipeline(RADLoaderMixin):
         """
         # 0. Check inputs
         check_restoration(self.normality, num_steps, step_size, denoise_every, anneal, pixel_rate)
-        images = [decode(one) for one in check_images(image, batch_size)]
+        images, processor = check_images(image, batch_size), self.image_processor
         labels = check_labels(class_labels, len(images), self.categories)
 
         restored = RADRestorationOutput(images=[], intermediates=[], distances=[])
         for batch in batches(len(images), batch_size):
             # 1. Look at it: what is normal stays as it was
-            x_0, _ = self.image_processor.preprocess(images[batch])
+            x_0, _ = processor.preprocess(images[batch])
             x_0 = x_0.to(self._execution_device, self.unet.dtype)
             evidence = self.measure(x_0, labels[batch])
             numbers = self.normality.labels_of(evidence.categories)
@@ -434,7 +453,8 @@ class RADPipeline(RADLoaderMixin):
                     progress.update()
 
             # 3. Back to each image's own size
-            restored.images += [paste(*parts) for parts in zip(images[batch], x, keep, strict=True)]
+            originals = [decode(one, processor.pixel_range) for one in images[batch]]
+            restored.images += [paste(*parts) for parts in zip(originals, x, keep, strict=True)]
             restored.intermediates += [to_pil(torch.stack(one)) for one in steps]
             restored.distances += [np.array(one, dtype=np.float32) for one in distances]
         return restored

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from .data import AnomalyDataset
-from .evaluation import Record, evenly
-from .image_processor import decode
+from .data.dataset import evenly
+from .evaluation import Record
+from .image_reader import decode
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import p_value_text
 from .visualization import (

@@ -16,7 +16,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .image_processor import ImageInput, decode, overlay
+from .image_processor import overlay
+from .image_reader import ImageInput, decode
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import p_value_text
 from .pipeline_output import AnomalyRegion
@@ -79,11 +80,11 @@ def results_figure(
         restore: Without it there is no third column.
         false_alarm_rate: Of the regions and the verdict.
     """
-    images = [decode(image) for image in images]
     output = pipeline(images, class_labels=class_labels, false_alarm_rate=false_alarm_rate)
     low, high = pipeline.normality.heat_range()
     columns = ["input", "anomaly map"] + ["restored"] * restore
     restored = pipeline.restore(images, class_labels=class_labels).images if restore else images
+    images = [decode(image, pipeline.image_processor.pixel_range) for image in images]
     figure = Figure(figsize=(3 * len(columns), 3.3 * len(images)), dpi=100, layout="constrained")
     for i, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):
         heat = overlay(images[i], output.anomaly_map[i], low, high)

@@ -10,14 +10,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from rad import image_processor
+from rad import image_reader
 from rad.image_processor import RADImageProcessor, heat, overlay, resize_map, to_pil
 
 processor = RADImageProcessor(resolution=32)
 
 
 def decode(image) -> np.ndarray:
-    image = image_processor.decode(image)
+    image = image_reader.decode(image)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -60,7 +60,7 @@ def test_jpeg(tmp_path):
 
 def test_the_callers_image_is_left_alone():
     image = Image.fromarray(noise(4, 4, 3))
-    image_processor.decode(image).putpixel((0, 0), (1, 2, 3))
+    image_reader.decode(image).putpixel((0, 0), (1, 2, 3))
     assert np.array_equal(np.asarray(image), noise(4, 4, 3))
 
 
@@ -314,7 +314,7 @@ def test_refuses_more_than_one_frame(tmp_path, suffix):
     refuse(path, f"part.{suffix} has more than one frame: give a single frame")
     with Image.open(path) as image:
         refuse(image, "The PIL image has more than one frame")
-        assert image_processor.decode(image.copy()).size == (8, 8)
+        assert image_reader.decode(image.copy()).size == (8, 8)
 
 
 def test_refuses_a_missing_path(tmp_path):

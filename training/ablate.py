@@ -36,12 +36,12 @@ from tqdm.auto import tqdm
 
 from rad import RADPipeline, data
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
+from rad.data.dataset import evenly
+from rad.data.drawn import DrawnDefects
 from rad.evaluation import (
     METRICS,
-    DrawnDefects,
     Truth,
     check_truths,
-    evenly,
     fingerprint,
     mean_metrics,
     measure,

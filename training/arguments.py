@@ -52,6 +52,13 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--category", nargs="+", help="Categories to train on, as one unified model; by default all.")
     add("--max_train_samples", type=positive, help="Take this many good images at most, picked at random.")
     add("--holdout_fraction", type=fraction, help="Good images kept for the thresholds; 0.2 by default.")
+    add(
+        "--pixel_range",
+        type=int,
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help="What 16-bit images hold, 0 4095 for 12 bits; by default found in them.",
+    )
     add("--skip_unreadable", action="store_true", help="Leave out files that are no readable images.")
     add("--cache_images", action=flag, default=True, help="Keep decoded images in memory.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that prepare batches.")

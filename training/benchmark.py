@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset, Sample
-from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
+from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_pixels
 from rad.data.synthetic import render
 from rad.losses import compute_losses
 from rad.metrics import pixel_metrics
@@ -155,11 +155,11 @@ def time_loops(args: argparse.Namespace) -> None:
         for i, path in enumerate(paths):
             Image.fromarray(render("brick", np.random.default_rng(i), size=512)[0]).save(path)
         processor, dataset = RADImageProcessor(RESOLUTION), AnomalyDataset([Sample(path, "brick") for path in paths])
-        decoded = {i: to_uint8(processor.preprocess(path)[0][0]) for i, path in enumerate(paths)}
+        decoded = {i: to_pixels(processor.resize(path)[0]) for i, path in enumerate(paths)}
         images = TrainingImages(dataset, list(range(16)), [0] * 16, processor, decoded)
         plain, cached, default = Trainer(), Trainer(torch.bfloat16), Trainer(torch.bfloat16)
         with torch.no_grad():
-            features = torch.cat([cached.extractor(from_uint8(chunk)) for chunk in images.chunks()])
+            features = torch.cat([cached.extractor(chunk) for chunk in images.chunks()])
 
         def batches(crop_prob: float, **augmentation: float) -> Iterator[dict[str, torch.Tensor]]:
             batch_size = BATCH_SIZE if crop_prob else BATCH_SIZE // 4

@@ -41,11 +41,11 @@ from tqdm.auto import tqdm
 
 from rad import RADPipeline
 from rad.data import DATASET_FORMATS, load_dataset
-from rad.data.batches import to_uint8
+from rad.data.batches import to_pixels
+from rad.data.dataset import evenly
 from rad.evaluation import (
     METRICS,
     check_truths,
-    evenly,
     hash_code,
     hash_pipeline,
     keep_records,
@@ -154,9 +154,8 @@ def fit(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None:
         peer = METHODS[method](pipeline, args)
         samples = load_dataset(args.data_dir, args.dataset_format, "train", [category]).samples
         picked = np.random.default_rng(args.seed).permutation(len(samples))[: args.max_train_samples]
-        images = torch.cat(
-            [to_uint8(peer.processor.preprocess(samples[i].image)[0]) for i in tqdm(picked, desc="Decoding")]
-        )
+        resize = peer.processor.resize
+        images = torch.stack([to_pixels(resize(samples[i].image)[0]) for i in tqdm(picked, desc="Decoding")])
         peak_memory()
         start = time.perf_counter()
         peer.fit(images)

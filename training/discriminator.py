@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from rad import RADPipeline
-from rad.data.batches import to_uint8
 from rad.data.pasting import artificial_batches
-from rad.image_processor import PipelineImageInput
+from rad.image_reader import PipelineImageInput
 from rad.models.discriminator import RADDiscriminator, computes_bf16
 
 
@@ -45,8 +44,7 @@ def fit_discriminator(
     if len(categories) != len(images):
         raise ValueError(f"{len(categories)} categories were given for {len(images)} images.")
     extractor, device = pipeline.feature_extractor, pipeline._execution_device
-    pixels = [to_uint8(pipeline.image_processor.preprocess([image])[0][0]) for image in images]
-    pixels = [image.permute(1, 2, 0).numpy() for image in pixels]
+    pixels = [pipeline.image_processor.resize(image)[0] for image in images]
     if pipeline.discriminator is None:
         channels = extractor.network.feature_info.channels()[-3:]
         with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 
 from rad import RADPipeline, __version__
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
+from rad.data.dataset import evenly
+from rad.data.drawn import DrawnDefects
 from rad.evaluation import (
     LIBRARIES,
-    DrawnDefects,
     Record,
     alpha_sweep,
     curves_of_records,
-    evenly,
     mean_metrics,
     measure_decisions,
     measure_records,
@@ -43,7 +43,7 @@ from rad.evaluation import (
     share,
 )
 from rad.files import whole
-from rad.image_processor import decode
+from rad.image_reader import decode
 from rad.metrics import psnr
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_loading import EMBEDDED_MODELS
@@ -151,11 +151,13 @@ def restore(
 
     The true mask is dilated by 1/16 of the side, because a defect's edge has no sharp end.
     """
-    image = decode(dataset[record.index].image)
+    image = dataset[record.index].image
     known = [] if args.infer_category else pipeline.categories
     label = record.category if record.category in known else None
     restored = pipeline.restore(image, class_labels=label)
-    again = pipeline(restored.images[0], class_labels=label, false_alarm_rate=0.01)
+    # As floats, which mean the same to any model, whatever the numbers in its files
+    again = pipeline(np.asarray(restored.images[0], np.float32) / 255, class_labels=label, false_alarm_rate=0.01)
+    image = decode(image, pipeline.image_processor.pixel_range)
     mask = np.asarray(Image.fromarray(record.mask()).resize(image.size, Image.Resampling.NEAREST))
     outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(image.size) // 16)
     before, after = (np.asarray(x, np.float64) / 255 for x in (image, restored.images[0]))

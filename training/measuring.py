@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from rad import RADPipeline
 from rad.data import load_dataset
 from rad.evaluation import mean_metrics, measure_records, score_dataset
-from rad.image_processor import ImageInput, decode
+from rad.image_reader import ImageInput, decode
 from rad.model_card import METRICS
 
 logger = logging.getLogger("rad.train")

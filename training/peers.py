@@ -12,9 +12,9 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm.auto import tqdm
 
 from rad import RADPipeline
-from rad.data.batches import from_uint8
 from rad.evaluation import Scored
-from rad.image_processor import ImageInput, resize_map
+from rad.image_processor import resize_map, to_input
+from rad.image_reader import ImageInput
 from rad.models.evidence import FUSED
 from rad.models.gaussian import inverse_cholesky
 
@@ -86,7 +86,7 @@ class Peer(nn.Module):
     def chunks(self, images: torch.Tensor, size: int = 16) -> Iterator[torch.Tensor]:
         """The images once, in order, in [-1, 1] and on the device."""
         for chunk in tqdm(images.split(size), desc=type(self).__name__):
-            yield from_uint8(chunk.to(self.device))
+            yield to_input(chunk.to(self.device))
 
     def train_steps(
         self,
@@ -107,7 +107,7 @@ class Peer(nn.Module):
         progress = tqdm(range(steps), desc=type(self).__name__)
         for _ in progress:
             picked = torch.randint(len(images), (self.args.train_batch_size,))
-            loss = loss_of(from_uint8(images[picked].to(self.device)))
+            loss = loss_of(to_input(images[picked].to(self.device)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -16,7 +16,7 @@ from huggingface_hub import CommitInfo, HfApi
 from rad import RADPipeline
 from rad.files import whole
 from rad.hub import CODE, list_files, one_sentence, upload
-from rad.image_processor import ImageInput
+from rad.image_reader import ImageInput
 from rad.model_card import create_model_card
 from rad.pipeline_loading import COMPONENTS
 from rad.visualization import results_figure

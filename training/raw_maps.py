@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from rad import RADPipeline
 from rad.data import AnomalyDataset
-from rad.evaluation import Truth, evenly
+from rad.data.dataset import evenly
+from rad.evaluation import Truth
 from rad.files import remove_partials, whole
-from rad.image_processor import ImageInput
+from rad.image_reader import ImageInput
 from rad.models.evidence import Evidence, paper_scores, to_grid
 from rad.models.normality import NormalityModel
 

@@ -43,9 +43,11 @@ from validation import averaged, validate
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset, detect_format, load_dataset, load_hub_dataset
-from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, from_uint8, to_uint8
-from rad.evaluation import evenly
+from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_pixels
+from rad.data.dataset import evenly
 from rad.files import remove_partials
+from rad.image_processor import FULL_SCALE, check_pixel_range, find_pixel_range
+from rad.image_reader import peak
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
@@ -82,6 +84,24 @@ def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
+def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
+    """What the numbers in images mean, as `find_pixel_range` says, or as --pixel_range does."""
+    if args.pixel_range:
+        return check_pixel_range(args.pixel_range), 0
+
+    def peak_of(index: int) -> int | None:
+        try:
+            return peak(dataset[index].image)
+        except (ValueError, OSError):  # told when it is decoded
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        pixel_range, darkest_peak = find_pixel_range(list(pool.map(peak_of, indices)))
+    if pixel_range != FULL_SCALE:
+        logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
+    return pixel_range, darkest_peak
+
+
 def decode_images(
     args: argparse.Namespace,
     dataset: AnomalyDataset,
@@ -89,7 +109,8 @@ def decode_images(
     processor: RADImageProcessor,
     show_progress: bool,
 ) -> dict[int, torch.Tensor | None]:
-    """Decodes images once, to [3, S, S] uint8, by index; without --cache_images only checks them, giving None.
+    """Decodes images once, as `TrainingImages` takes them, by index; without --cache_images only checks them, giving
+    None.
 
     Raises:
         ValueError: Names the images that cannot be read, unless they are to be skipped.
@@ -97,10 +118,10 @@ def decode_images(
 
     def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int]] | Exception:
         try:
-            x, sizes = processor.preprocess(dataset[index].image)
+            pixels, size = processor.resize(dataset[index].image)
         except (ValueError, OSError) as error:
             return error
-        return to_uint8(x[0]) if args.cache_images else None, sizes[0]
+        return to_pixels(pixels) if args.cache_images else None, size
 
     with ThreadPoolExecutor() as pool:
         progress = tqdm(pool.map(read, indices), "Decoding images", len(indices), disable=not show_progress)
@@ -178,15 +199,17 @@ def train_unet(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pipeline: RADPipeline,
+    processor: RADImageProcessor,
     dataset: AnomalyDataset,
-    decoded: dict[int, torch.Tensor],
+    decoded: dict[int, torch.Tensor | None],
     train: list[int],
     holdout: list[int],
 ) -> None:
     """Trains the pipeline's U-Net in place.
 
     Args:
-        decoded: Images [3, S, S] uint8 by index; unless they are to be cached, the loader decodes them again.
+        processor: Of the images.
+        decoded: From `decode_images`; unless they are to be cached, the loader decodes them again.
         train, holdout: Indices of the images to train on and of those held out.
     """
     output_dir, device, scheduler = Path(args.output_dir), accelerator.device, pipeline.scheduler
@@ -213,20 +236,20 @@ def train_unet(
         random_flip=args.random_flip,
     )
     labels = [categories.index(dataset.samples[i].category) if categories else 0 for i in range(len(dataset))]
-    training_images = TrainingImages(dataset, train, labels, pipeline.image_processor, decoded)
+    training_images = TrainingImages(dataset, train, labels, processor, decoded)
     if args.standardise_channels and not args.pretrained_model_name_or_path:
-        extractor.fit(from_uint8(chunk.to(device)) for chunk in training_images.chunks())
+        extractor.fit(chunk.to(device) for chunk in training_images.chunks())
     # Features are computed once where batches hold whole images as they are, else in each batch's own pass
     cropped = args.crop_prob > 0 and args.crop_size < args.resolution
     augmented = cropped or args.rotation * args.rotation_prob > 0 or args.random_flip
     cached_features = None
     if not augmented and args.cache_images:
         with torch.no_grad():
-            chunks = [extractor(from_uint8(chunk.to(device))) for chunk in training_images.chunks()]
+            chunks = [extractor(chunk.to(device)) for chunk in training_images.chunks()]
         cached_features = torch.cat(chunks)
     shown = [(holdout or train)[i] for i in evenly(len(holdout or train), args.num_validation_images)]
-    validation_images = TrainingImages(dataset, shown, labels, pipeline.image_processor, decoded)
-    validation_x_0 = from_uint8(next(validation_images.chunks(len(shown))).to(device))
+    validation_images = TrainingImages(dataset, shown, labels, processor, decoded)
+    validation_x_0 = next(validation_images.chunks(len(shown))).to(device)
     validation_labels = torch.tensor([labels[i] for i in shown], device=device) if categories else None
 
     # 2. Optimisation
@@ -387,7 +410,9 @@ def main(args: argparse.Namespace) -> None:
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
-    decoded = decode_images(args, dataset, sorted(chosen.tolist()), pipeline.image_processor, show_progress)
+    pixel_range, darkest_peak = find_range(args, dataset, chosen.tolist())
+    processor = RADImageProcessor(args.resolution, pixel_range, darkest_peak)
+    decoded = decode_images(args, dataset, sorted(chosen.tolist()), processor, show_progress)
     holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
     train, holdout = dataset.split_holdout(0.0 if args.fit_only else holdout_fraction, args.seed, sorted(decoded))
 
@@ -396,7 +421,7 @@ def main(args: argparse.Namespace) -> None:
     if args.fit_only:
         estimate_time(args, accelerator, pipeline, pipeline.unet, len(train))
     else:
-        train_unet(args, accelerator, pipeline, dataset, decoded, train, holdout)
+        train_unet(args, accelerator, pipeline, processor, dataset, decoded, train, holdout)
 
     # 3. The discriminator, on the network's own images: those held out stay unseen. Weights are rounded to half
     # precision first: what is measured is what is saved
@@ -409,7 +434,8 @@ def main(args: argparse.Namespace) -> None:
     if args.discriminator_steps and not args.fit_only:
         pipeline.set_progress_bar_config(desc="Training the discriminator", disable=not show_progress)
         start, names = time.monotonic(), [category[i] for i in train]
-        fit_discriminator(pipeline, [image[i] for i in train], names, args.discriminator_steps, seed=args.seed)
+        good = [processor.resize(image[i])[0] for i in train]
+        fit_discriminator(pipeline, good, names, args.discriminator_steps, seed=args.seed)
         for tensor in pipeline.discriminator.state_dict().values():  # GPUs do not round alike
             broadcast(tensor)
         logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")
@@ -428,6 +454,8 @@ def main(args: argparse.Namespace) -> None:
         categories=[category[i] for i in train],
         holdout_categories=[category[i] for i in holdout] or None,
         accelerator=accelerator,
+        pixel_range=pixel_range,
+        darkest_peak=darkest_peak,
         **{name: value for name, value in fusion.items() if value is not None},
     )
     logger.info(f"Fitted normality in {(time.monotonic() - start) / 60:.1f} minutes.")

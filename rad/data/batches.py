@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from ..image_processor import RADImageProcessor
+from ..image_processor import RADImageProcessor, to_input
 from .dataset import AnomalyDataset
 
 
@@ -93,7 +93,8 @@ class TrainingImages(Dataset):
         indices: Those of them to train on.
         labels: Class label of every image of the data set.
         processor: Resizes them.
-        decoded: Images [3, S, S] uint8 by index of the data set; where it has None, they are decoded when asked for.
+        decoded: Images [3, S, S], uint8 or float in [0, 1], by index of the data set; where it has None, they are
+            decoded when asked for.
     """
 
     def __init__(
@@ -116,22 +117,17 @@ class TrainingImages(Dataset):
     def _image(self, position: int) -> torch.Tensor:
         index = self.indices[position]
         image = self.decoded[index]
-        return to_uint8(self.processor.preprocess(self.dataset[index].image)[0][0]) if image is None else image
+        return to_pixels(self.processor.resize(self.dataset[index].image)[0]) if image is None else image
 
     def chunks(self, size: int = 16) -> Iterator[torch.Tensor]:
-        """All images in order, [B, 3, S, S] uint8 with B up to `size`."""
+        """All images in order as the networks' input, [B, 3, S, S] in [-1, 1] with B up to `size`."""
         for start in range(0, len(self), size):
-            yield torch.stack([self._image(i) for i in range(start, min(start + size, len(self)))])
+            yield torch.stack([to_input(self._image(i)) for i in range(start, min(start + size, len(self)))])
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as the 8-bit values that they were decoded from, or nearest."""
-    return ((x + 1) * 127.5).round().byte()
-
-
-def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """8-bit images as the networks' input in [-1, 1]."""
-    return images / 127.5 - 1
+def to_pixels(image: np.ndarray) -> torch.Tensor:
+    """An image as `RADImageProcessor.resize` gives it, [3, S, S]."""
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ class TrainingCollator:
         generators = [torch.Generator().manual_seed(draw.seed) for draw in draws]
         u = torch.stack([torch.rand(8, generator=g) for g in generators], dim=1)  # [8, B]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators])
-        x_0 = from_uint8(torch.stack(images))
+        x_0 = torch.stack([to_input(image) for image in images])
         angles = (u[0] * 2 - 1) * self.rotation * (u[1] < self.rotation_prob)
         flips = torch.where(u[2:4] < 0.5, -1.0, 1.0) if self.random_flip else torch.ones_like(u[2:4])
         batch = {

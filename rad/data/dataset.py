@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_processor import FORMATS
+from ..image_reader import FORMATS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_IMAGES = 10  # of a category to be trained on
@@ -20,7 +20,7 @@ class Sample:
     """One image of a data set.
 
     Attributes:
-        image: Path of the image, or an image opened but not decoded yet.
+        image: Path of the image, an image opened but not decoded yet, or its pixels.
         category: What the image shows, "bottle" for example.
         defect: "good" or the kind of defect.
         mask: Ground-truth mask, or several of which each marks a part; None for good images and where none is known.
@@ -28,7 +28,7 @@ class Sample:
             0 where masks hold small numbers such as the kind of defect.
     """
 
-    image: Path | Image.Image
+    image: Path | Image.Image | np.ndarray
     category: str
     defect: str = "good"
     mask: Path | Image.Image | tuple[Path, ...] | None = None
@@ -117,6 +117,13 @@ class AnomalyDataset(Dataset):
             parts.append(np.asarray(mask) > sample.mask_threshold)
         mask = np.logical_or.reduce(parts)
         return mask if mask.any() else None
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of `count` positions, evenly spread."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
 def list_images(folder: Path) -> list[Path]:

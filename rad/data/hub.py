@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_processor import FORMATS
+from ..image_reader import FORMATS
 from .dataset import AnomalyDataset, Sample, pick_categories
 
 GOOD_LABELS = ("good", "normal", "0", "False")

@@ -19,7 +19,7 @@ def artificial_batches(
     """Endless batches of good images, most with artificial defects; the n-th depends on the seed and n alone.
 
     Args:
-        images: Good images, uint8 [S, S, 3] each.
+        images: Good images, [S, S, 3] each, uint8 or float in [0, 1].
         categories: Of each image; textures are pasted within one.
 
     Yields:
@@ -32,7 +32,7 @@ def artificial_batches(
         for place in range(number * batch_size, (number + 1) * batch_size):
             rng = np.random.default_rng([seed, place])
             i = int(rng.integers(len(images)))
-            image, other = (images[j].astype(np.float32) for j in (i, rng.choice(members[categories[i]])))
+            image, other = (_levels(images[j]) for j in (i, rng.choice(members[categories[i]])))
             if rng.random() < 0.5:
                 image = image[:, ::-1]
             if rng.random() < 0.5:
@@ -44,6 +44,10 @@ def artificial_batches(
         pictures, masks = (np.stack(part).astype(np.float32) for part in zip(*batch, strict=True))
         yield torch.from_numpy(pictures) / 127.5 - 1, torch.from_numpy(masks)
         number += 1
+
+
+def _levels(image: np.ndarray) -> np.ndarray:
+    return image.astype(np.float32) if image.dtype == np.uint8 else image.astype(np.float32) * 255
 
 
 def paste_defects(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -70,6 +70,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             defects and costs small ones.
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
         num_scores: Held-out good images in all.
+        pixel_range, darkest_peak: Of good images, as `RADImageProcessor` takes them.
         discriminator: Whether there are maps of a discriminator; without one, its weights do not count.
     """
 
@@ -92,6 +93,8 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         top_k: int = 64,
         num_scores: int = 1,
         discriminator: bool = False,
+        pixel_range: Sequence[int] = (0, 255),
+        darkest_peak: int = 0,
     ) -> None:
         super().__init__()
         _check_weights("weights", weights, [name for name in _weighted_names() if name != GLOBAL])

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from rad import Decision
-from rad.image_processor import decode, heat, overlay, resize_map
+from rad.image_processor import heat, overlay, resize_map
+from rad.image_reader import decode
 from rad.models.evidence import FUSED
 from rad.pipeline_loading import EMBEDDED_DIR
 from rad.visualization import draw_regions, encode_map, score_figure
@@ -61,7 +62,7 @@ class Inspection:
     model: str
     category: str
     size: tuple[int, int]  # width and height
-    small: Image.Image  # at the model's resolution, as the model saw it
+    small: np.ndarray  # at the model's resolution, as the model saw it
     view: Image.Image  # shrunk to VIEW_SIDE at most
     maps: dict[str, np.ndarray]  # each score type's map as it was computed, float32 [g, g]
     scores: dict[str, np.ndarray]  # float32 [1]
@@ -88,15 +89,15 @@ class Inspection:
 def score(path: str, model: str, category: str) -> Inspection:
     """Scores the picture at a path."""
     pipeline, side = models.pipeline(model), models.normality(model).config.map_size
-    picture = decode(path)
+    processor = pipeline.image_processor
+    picture = decode(path, processor.pixel_range)
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
             f"{Path(path).name} has {picture.width * picture.height / 1e6:.0f} megapixels; this page takes up to "
             f"{MAX_PIXELS / 1e6:.0f}, the pipeline itself any number."
         )
     # The pipeline's own first step: the numbers are those of the whole picture, in a fraction of the memory
-    resolution = pipeline.config.resolution
-    small = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    small, _ = processor.resize(path)
     label = None if category in (models.AUTO, "") else category
     found = models.run(model, "__call__", small, class_labels=label, map_size=(side, side))
     view = picture.copy()
@@ -155,7 +156,7 @@ def save(inspection: Inspection, rate: float, folder: Path) -> tuple[dict[str, A
     """Writes overlay, raw map, mask and result, at the picture's own size; returns the result and all paths."""
     if not Path(inspection.path).is_file():
         raise ValueError("The picture is no longer kept: inspect it again.")
-    picture = decode(inspection.path)
+    picture = decode(inspection.path, models.normality(inspection.model).config.pixel_range)
     anomaly_map, decision = decide(inspection, rate, picture.size)
     mask, shown = decision.mask[0], decision.regions[0][:SHOWN_REGIONS]
     hot = overlay(picture, anomaly_map, *models.normality(inspection.model).heat_range())

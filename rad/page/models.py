@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from PIL import Image
 
 from rad import NormalityModel, RADPipeline
 from rad.hub import one_sentence
@@ -168,16 +168,16 @@ def _run(base: str, normality: NormalityModel | None, method: str, *args: Any, *
     return getattr(pipeline, method)(*args, **kwargs)
 
 
-def fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
+def fit(base: str, pictures: list[np.ndarray], name: str, **known: Any) -> NormalityModel:
     """Statistics of good parts for a base model's network, which stays as it is."""
     load(base)
-    return _fit(base, pictures, name)
+    return _fit(base, pictures, name, **known)
 
 
 @gpu
-def _fit(base: str, pictures: list[Image.Image], name: str) -> NormalityModel:
-    pipeline = load(base).working
-    fitted = pipeline.with_normality(pipeline.normality).fit_normality(pictures, categories=[name] * len(pictures))
+def _fit(base: str, pictures: list[np.ndarray], name: str, **known: Any) -> NormalityModel:
+    pipeline, names = load(base).working, [name] * len(pictures)
+    fitted = pipeline.with_normality(pipeline.normality).fit_normality(pictures, categories=names, **known)
     return fitted.normality.to("cpu")
 
 

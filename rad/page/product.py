@@ -4,12 +4,15 @@ import copy
 import html
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-from PIL import Image
+import numpy as np
 
-from rad.image_processor import decode
+from rad.image_processor import RADImageProcessor, find_pixel_range
+from rad.image_reader import peak
 
 from . import models, visitors
 from .batch import fetch, list_files
@@ -52,28 +55,33 @@ accelerate launch training/train.py --pretrained_model_name_or_path {name} \\
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def read(paths: list[str], resolution: int) -> list[Image.Image]:
-    """All pictures in files and archives, at the model's resolution.
+def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """All pictures in files and archives, at the model's resolution, and what `fit_normality` has to know of them.
 
     Raises:
         ValueError: One cannot be read, or there are too few or too many.
     """
-    files, pictures = list_files(paths), []
+    files = list_files(paths)
     if len(files) > MAX_PICTURES:
         raise ValueError(
             f"At most {MAX_PICTURES} pictures are taken here, got {len(files)}; training takes any number."
         )
-    for name, path, member in files:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                picture = decode(fetch(path, member, Path(folder)))
-            except (ValueError, OSError) as error:
-                where = "" if member is None else f"{name}: "
-                raise ValueError(f"{where}{error} Take it out and try again.") from error
-        pictures.append(picture.resize((resolution, resolution), Image.Resampling.BICUBIC))
-    if len(pictures) < MIN_PICTURES:
-        raise ValueError(f"Give at least {MIN_PICTURES} good pictures, got {len(pictures)}.")
-    return pictures
+    if len(files) < MIN_PICTURES:
+        raise ValueError(f"Give at least {MIN_PICTURES} good pictures, got {len(files)}.")
+
+    def each(look: Callable[[Path], Any]) -> Iterator[Any]:
+        for name, path, member in files:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    yield look(fetch(path, member, Path(folder)))
+                except (ValueError, OSError) as error:
+                    where = "" if member is None else f"{name}: "
+                    raise ValueError(f"{where}{error} Take it out and try again.") from error
+
+    pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
+    processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
+    pictures = [resized for resized, _ in each(processor.resize)]
+    return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}
 
 
 def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
@@ -81,8 +89,8 @@ def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
     name = "".join(c for c in name or "" if c.isalnum() or c in " -_")[:MAX_NAME].strip() or "my product"
     product = visitors.product(model)
     base = model if product is None else product.base
-    pictures = read(paths, models.load(base).pipeline.config.resolution)
-    return visitors.keep(owner, visitors.Product(name, base, models.fit(base, pictures, name)))
+    pictures, known = read(paths, models.load(base).pipeline.config.resolution)
+    return visitors.keep(owner, visitors.Product(name, base, models.fit(base, pictures, name, **known)))
 
 
 def self_check(model: str) -> list[dict]:

@@ -19,8 +19,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from rad import RADPipeline, RADScheduler
 from rad.data import AnomalyDataset, load_dataset
+from rad.data.drawn import DrawnDefects
 from rad.data.synthetic import write_synthetic
-from rad.evaluation import DrawnDefects, Truth, read_truths
+from rad.evaluation import Truth, read_truths
 from rad.metrics import aupro
 from rad.models.evidence import SCORE_TYPES
 

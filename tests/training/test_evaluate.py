@@ -255,6 +255,7 @@ def test_a_record_depends_on_code_and_libraries(two_category_pipeline, tmp_path,
     assert now() == seen[0]
     for name in (
         "evaluation.py",
+        "image_reader.py",
         "image_processor.py",
         "pipeline_rad.py",
         "pipeline_output.py",
