@@ -27,8 +27,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from rad import RADPipeline, evaluation
 from rad.data import load_dataset
-from rad.data.batches import from_uint8, to_uint8
+from rad.data.batches import to_pixels
 from rad.data.synthetic import write_synthetic
+from rad.image_processor import to_input
 
 NEEDS_ANOMALIB = "anomalib is not installed: pip install -r requirements-bench.txt"
 
@@ -40,7 +41,7 @@ def new_peer(method, pipeline, *flags):
 @pytest.fixture(scope="module")
 def images(pipeline, good_images):
     """Good images, uint8 [12, 3, 64, 64]."""
-    return to_uint8(pipeline.image_processor.preprocess(good_images)[0])
+    return torch.stack([to_pixels(pipeline.image_processor.resize(image)[0]) for image in good_images])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def patchcore(pipeline, images):
 
 
 def test_embedding_is_the_extractors_own_stages(pipeline, images):
-    x = from_uint8(images[:1])
+    x = to_input(images[:1])
     stages = pipeline.feature_extractor.network((x + 1) / 2 * 2 - 1)  # this backbone's mean and deviation are 0.5
     found = peers.Embedding(pipeline, (8, 16), 8, average=True, mode="bilinear")(x)
     channels = stages[2].shape[1]
@@ -68,8 +69,8 @@ def test_embedding_is_the_extractors_own_stages(pipeline, images):
 
 
 def test_padims_distance_is_scipys(padim, images):
-    found = padim.distance(from_uint8(images[11:]))
-    good, bad = padim.embedding(from_uint8(images[:10])).double(), padim.embedding(from_uint8(images[11:])).double()
+    found = padim.distance(to_input(images[11:]))
+    good, bad = padim.embedding(to_input(images[:10])).double(), padim.embedding(to_input(images[11:])).double()
     for row, column in ((0, 0), (5, 9), (15, 15)):
         at = good[:, :, row, column].numpy()
         inverse = np.linalg.inv(np.cov(at.T) + 0.01 * np.eye(at.shape[1]))
@@ -94,7 +95,7 @@ def test_a_coreset_of_everything_has_each_point_once():
 
 
 def test_patchcore_finds_the_nearest_patches_and_weighs_the_worst(patchcore, images):
-    x = from_uint8(images[11:])
+    x = to_input(images[11:])
     maps, score = patchcore(x)
     memory, patches = patchcore.memory.double(), patchcore.embedding(x)[0].flatten(1).T.double()
     assert len(memory) == 64  # a tenth of ten images' 8 x 8 patches
@@ -129,7 +130,7 @@ def test_autoencoders_learn(method, pipeline, images):
 def test_the_denoising_autoencoder_removes_noise(pipeline, images):
     peer = new_peer("denoising_autoencoder", pipeline, "--max_train_steps", "75", "--train_batch_size", "4")
     peer.fit(images)
-    x = from_uint8(images)
+    x = to_input(images)
     noisy = x + peer.noise_std * peers.coarse_noise(x)
     with torch.no_grad():
         left = (peer.network(noisy) - x).square().mean()
@@ -140,7 +141,7 @@ def test_an_autoencoder_whose_bottleneck_is_open_sees_nothing(pipeline, images):
     """The map is the reconstruction's error: none where the network returns its input."""
     peer = new_peer("autoencoder", pipeline)
     peer.network = torch.nn.Identity()
-    maps, score = peer(from_uint8(images[:1]))
+    maps, score = peer(to_input(images[:1]))
     assert maps.shape == (1, 64, 64) and maps.abs().max() == 0 and score == 0
 
 
@@ -289,7 +290,7 @@ def test_a_reloaded_peer_gives_the_same_maps(method, pipeline, images, tmp_path)
     save_file(peer.state_dict(), tmp_path / "peer.safetensors")
     fresh.load(load_file(tmp_path / "peer.safetensors"))
     with torch.no_grad():
-        (maps, score), (again, score_again) = (p(from_uint8(images[:1])) for p in (peer, fresh))
+        (maps, score), (again, score_again) = (p(to_input(images[:1])) for p in (peer, fresh))
     assert torch.equal(maps, again) and score == score_again
 
 
@@ -382,7 +383,7 @@ def test_distances_are_those_of_anomalib(padim, patchcore, images):
     from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    x = from_uint8(images[11:])
+    x = to_input(images[11:])
     inverse = padim.whitening.mT @ padim.whitening
     expected = AnomalyMapGenerator.compute_distance(padim.embedding(x), [padim.mean[..., 0].T, inverse])[:, 0]
     assert torch.allclose(padim.distance(x), expected, rtol=1e-3)
