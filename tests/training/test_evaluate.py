@@ -276,7 +276,7 @@ def test_a_record_depends_on_code_and_libraries(two_category_pipeline, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, "version", {**dict.fromkeys(evaluation.LIBRARIES, "1"), library: "2"}.get)
             seen.append(now())
-    assert len(set(seen)) == len(seen) == 1 + 12 + 7
+    assert len(set(seen)) == len(seen) == 1 + 13 + 7
 
 
 def test_a_damaged_record_is_named(whole, model, data_dir, tmp_path):
