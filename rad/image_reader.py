@@ -23,6 +23,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I",
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "F")  # of more than 8 bits
 MAX_SIDE = 10_000
 WHITES = (255, 1023, 4095, 16383, 65535)  # the largest number of 8, 10, 12, 14 and 16 bits
+EXTRAS = {"deep": "tifffile imagecodecs", "heic": "pillow-heif"}  # as in pyproject.toml
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -262,6 +263,8 @@ def _deep_pixels(file: BinaryIO, format: str | None, name: str) -> np.ndarray:
                 _check_size(page.imagewidth, page.imagelength, name)
                 if len(tiff.pages) > 1 or page.imagedepth > 1:
                     raise ValueError("it has more than one page")
+                if page.samplesperpixel > 4 or page.bitspersample > 64:  # before memory is set aside for them
+                    raise ValueError(f"it has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel")
                 pixels = page.asarray()
                 if page.planarconfig == 2 and pixels.ndim == 3:
                     pixels = pixels.transpose(1, 2, 0)
@@ -276,7 +279,7 @@ def _extra(module: str, extra: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{what}: reading it needs `pip install 'rad-diffusion[{extra}]'`.") from error
+        raise ValueError(f"{what}: reading it needs `pip install {EXTRAS[extra]}` (RAD's extra [{extra}]).") from error
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -50,7 +50,8 @@ def distributions(names: set[str]) -> set[str]:
 def declared(lines: list[str]) -> set[str]:
     """Distributions that lines of a requirements file or an extra name."""
     names = {match[0] for line in lines if (match := re.match(r"[\w-]+", line.replace("_", "-")))}
-    return names | declared(EXTRAS["train"]) if "rad-diffusion" in names else names
+    own = [name for line in lines for name in re.findall(r"[\w-]+", line.partition("rad-diffusion")[2])]
+    return names.union(*(declared(EXTRAS[name]) for name in own))
 
 
 def declared_in(file: str) -> set[str]:
