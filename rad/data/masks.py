@@ -3,7 +3,8 @@
 What marks a defect is told by the values that a mask holds, never by how much of the image they cover:
 
 - black (0) is good; of two values the brighter one is defect, 0/1 and 0/255 alike;
-- small whole numbers, and greys in solid areas, are kinds of defect; other greys are edges, and defect from the middle;
+- few values, small whole numbers and greys in solid areas are kinds of defect; other greys are edges, and defect above
+  the middle;
 - in a palette black is good, else index 0; colours are defects on black or on white;
 - where some of the mask is transparent and the rest of one kind, what is not transparent is defect.
 
@@ -48,7 +49,7 @@ class Mask:
 def find_mask(folder: Path, stem: str) -> Path | None:
     """The mask of an image in a folder of masks, whatever the image's own suffix and the case of letters.
 
-    It bears the image's name, alone or with one of `MASK_WORDS` behind or before it, as `000_mask.png`, `000-GT.tif` or
+    It bears the image's name, alone or with one of `MASK_WORDS` behind or before it: `000_mask.png`, `000-GT.tif`,
     `mask_000.jpg`. Of several the one with a word goes first, and then in the order of `MASK_WORDS` and
     `MASK_SUFFIXES`.
     """
@@ -93,7 +94,7 @@ def read_mask(
                 mask = ImageOps.exif_transpose(mask)
         except Exception as error:  # Pillow's parsers raise many types on damaged files
             raise ValueError(f"{called} cannot be read ({error}).") from error
-        if abs(mask.width * height - mask.height * width) > max(height, width):
+        if abs(mask.width * height - mask.height * width) > max(height, width, *mask.size):  # a pixel of rounding
             raise ValueError(
                 f"{called} has {mask.width} x {mask.height} pixels, the image {width} x {height}: they must be of one "
                 "shape."
@@ -104,9 +105,8 @@ def read_mask(
             if is_cut and not pixels.any():
                 raise ValueError("has 16 bits a colour, of which the upper 8 are read, and these are all 0")
         except ValueError as error:
-            raise ValueError(
-                f"{called} {error}: expected 0 for good and one other value, or kinds of defect, as 1 or 255."
-            ) from error
+            expected = "expected 0 for good, and for defects one other value or one a kind"
+            raise ValueError(f"{called} {error}: {expected}.") from error
         parts.append(Mask(pixels, (*rules, *more)))
     if len(parts) == 1:
         return parts[0]
@@ -228,8 +228,8 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
         raise ValueError(f"is a JPEG of values up to {high:g}, which its compression does not keep apart")
     if len(values) == 2:
         return levels > low, () if high == 255 else ("the larger of two values is defect",)
-    if is_whole and high <= NUM_KINDS:
-        return levels > 0, ("whole numbers but 0 are kinds of defect",)
+    if is_whole and (high <= NUM_KINDS or len(values) <= 4 and low == 0 and not lossy):
+        return levels > 0, ("each value but 0 is a kind of defect",)
 
     # Greys: edges have many, each in few places; kinds of defect have areas
     scale = next((s for s in (1, 255, 65535) if high <= s and (s > 1 or not is_whole)), high)
@@ -238,7 +238,8 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
     between = np.count_nonzero(lit & ~solid & (levels < high * 7 / 8))
     if len(values) > NUM_KINDS and between > max(0.05 * levels.size, 0.75 * np.count_nonzero(lit)):
         raise ValueError(f"has {len(values)} different values, as a photograph")
-    faint = levels[solid & (levels > high * NOISE / 255) & (levels <= middle)]
+    noise = high * NOISE / 255 if len(values) > NUM_KINDS else 0
+    faint = levels[solid & (levels > noise) & (levels <= middle)]
     if faint.size and not lossy:
         return levels > faint.min() / 2, ("greys in solid areas are kinds of defect",)
     return levels > middle, () if middle == 127.5 else ("values above the middle are defect",)

@@ -1,4 +1,4 @@
-"""Masks: whatever they are encoded in and called, read where the meaning is plain, else refused; no defect vanishes."""
+"""Masks, whatever they are encoded in and called: read where the meaning is plain, else refused; none vanishes."""
 
 import struct
 import zlib
@@ -28,6 +28,12 @@ def grey(high: float, low: float = 0, dtype: type = np.uint8) -> Image.Image:
 
 def kinds(first: float, second: float, dtype: type = np.uint8) -> Image.Image:
     return Image.fromarray(np.where(SECOND, second, np.where(TRUTH, first, 0)).astype(dtype))
+
+
+def five_kinds() -> Image.Image:
+    mask = np.where(TRUTH, 255, 0).astype(np.uint8)
+    mask[4:14, 6:18] = np.repeat([40, 90, 140, 200], 3)
+    return Image.fromarray(mask)
 
 
 def colours(bad: tuple[int, ...], good: tuple[int, ...]) -> Image.Image:
@@ -64,10 +70,12 @@ ENCODINGS: dict[str, tuple[Image.Image, str, str | None]] = {  # image, suffix, 
     "3 and 250": (grey(250, 3), ".png", "larger of two"),
     "1 bit": (Image.fromarray(TRUTH), ".png", "larger of two"),
     "1 bit TIFF": (Image.fromarray(TRUTH), ".tif", "larger of two"),
-    "kinds 1 and 2": (kinds(1, 2), ".png", "whole numbers"),
-    "kinds 2 and 1": (kinds(2, 1), ".png", "whole numbers"),
-    "kinds 85 and 255": (kinds(85, 255), ".png", "solid areas"),
-    "kinds 200 and 60": (kinds(200, 60), ".bmp", "solid areas"),
+    "kinds 1 and 2": (kinds(1, 2), ".png", "each value but 0"),
+    "kinds 2 and 1": (kinds(2, 1), ".png", "each value but 0"),
+    "kinds 85 and 255": (kinds(85, 255), ".png", "each value but 0"),
+    "kinds 1 and 255": (kinds(1, 255), ".png", "each value but 0"),
+    "kinds 200 and 60": (kinds(200, 60), ".bmp", "each value but 0"),
+    "five kinds": (five_kinds(), ".png", "solid areas"),
     "faded edges": (with_fringe(255), ".png", None),
     "faded edges of 90": (with_fringe(90), ".png", "above the middle"),
     "16 bits, 0 and 1": (grey(1, dtype=np.uint16), ".png", "larger of two"),
@@ -75,7 +83,7 @@ ENCODINGS: dict[str, tuple[Image.Image, str, str | None]] = {  # image, suffix, 
     "16 bits, 0 and 4095": (grey(4095, dtype=np.uint16), ".tif", "larger of two"),
     "16 bits, 0 and 65535": (grey(65535, dtype=np.uint16), ".png", "larger of two"),
     "16 bits, faded edges": (with_fringe(65535, np.uint16), ".tif", "above the middle"),
-    "16 bits, kinds": (kinds(3, 7, np.uint16), ".png", "whole numbers"),
+    "16 bits, kinds": (kinds(3, 7, np.uint16), ".png", "each value but 0"),
     "32 bits, 0 and 1": (grey(1, dtype=np.int32), ".tif", "larger of two"),
     "float, 0 and 1": (grey(1, dtype=np.float32), ".tif", "larger of two"),
     "float, 0 and 0.3": (grey(0.3, dtype=np.float32), ".tiff", "larger of two"),
@@ -224,7 +232,7 @@ def test_a_threshold_that_is_given_is_taken(tmp_path):
 # Size
 
 
-@pytest.mark.parametrize(("image", "mask"), [(SIZE, (48, 64)), ((48, 64), SIZE), ((1000, 1333), (256, 341))])
+@pytest.mark.parametrize(("image", "mask"), [(SIZE, (48, 64)), ((1000, 1333), (256, 341)), ((192, 256), (3005, 4000))])
 def test_a_mask_of_its_images_shape_may_be_smaller_or_larger(tmp_path, image, mask):
     left = np.zeros(mask, bool)
     left[:, : mask[1] // 2] = True

@@ -20,7 +20,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from rad import RADPipeline, RADScheduler
 from rad.data import AnomalyDataset, load_dataset
 from rad.data.synthetic import write_synthetic
-from rad.evaluation import DrawnDefects, Truth, read_truths
+from rad.evaluation import DrawnDefects
+from rad.truths import Truth, read_truths
 from rad.metrics import aupro
 from rad.models.evidence import SCORE_TYPES
 
