@@ -157,7 +157,7 @@ def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     """One channel [H, W], 0 where the image is good, and what it is if not grey."""
     if image.mode in ("1", "L", "F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)
-        return (levels.astype(np.uint8) if image.mode == "1" else levels), ()
+        return (levels * np.uint8(255) if image.mode == "1" else levels), ()
     if image.mode == "P" and "transparency" not in image.info:
         found = _from_palette(image)
         if found:
