@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 from .data import AnomalyDataset
 from .files import remove_partials, whole
 from .image_reader import ImageInput, read
-from .metrics import image_metrics, pixel_curves, pixel_metrics
+from .metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_curves, pixel_metrics
 from .models.evidence import GLOBAL
 from .pipeline_rad import RADPipeline
+from .truths import Truth, undefined
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 LIBRARIES = ("torch", "numpy", "pillow", "scipy", "scikit-learn", "timm", "diffusers")  # that results depend on
@@ -38,42 +39,6 @@ SOURCE = Path(__file__).parent
 PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "report.py", "visualization.py")
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What a data set says of one of its images: `pixels` is its mask, bool [S, S], None where none is known."""
-
-    index: int
-    category: str
-    defect: str
-    pixels: np.ndarray | None
-
-    @property
-    def label(self) -> int:
-        """0 for good, 1 for anomalous."""
-        return int(self.defect != "good")
-
-    @property
-    def has_mask(self) -> bool:
-        return self.pixels is not None
-
-    def mask(self) -> np.ndarray | None:
-        return self.pixels
-
-
-def read_truths(dataset: AnomalyDataset, indices: Iterable[int], size: int) -> list[Truth]:
-    """Of these images, with masks at a square."""
-    samples = {i: dataset.samples[i] for i in indices}
-    return [Truth(i, s.category, s.defect, dataset.mask(i, (size, size))) for i, s in samples.items()]
-
-
-def check_truths(truths: Sequence[Truth], name: str) -> None:
-    """Raises ValueError, which calls the images by a name, unless all metrics can be had of each category."""
-    for category in sorted({truth.category for truth in truths}):
-        members = [truth for truth in truths if truth.category == category]
-        if all(t.label for t in members) or not any(t.label and t.has_mask for t in members):
-            raise ValueError(
-                f"The {len(truths)} {name} have no good image or no known mask of category {category!r}: take more."
-            )
 
 
 # -- one file for each image ------------------------------------------------------------------------------------------
@@ -139,6 +104,10 @@ class Record:
     def label(self) -> int:
         """0 for good, 1 for anomalous."""
         return int(self.defect != "good")
+
+    @property
+    def has_good_pixels(self) -> bool:
+        return self.has_mask and not (self.label and self.mask().all())
 
     def map(self, score_type: str) -> np.ndarray:
         """Float32 [S, S]."""
@@ -317,19 +286,18 @@ def _open(path: Path) -> safe_open:
 def measure(
     truths: Sequence[Truth | Record], scores: Sequence[float] | np.ndarray, maps: Sequence[np.ndarray] | None = None
 ) -> dict[str, float]:
-    """All metrics of one score: `image_metrics`, where there are good and defective images, and `pixel_metrics`, where
-    there are maps and defects with a known mask.
+    """The metrics of one score that are not `undefined`: `image_metrics` and, where there are maps, `pixel_metrics`.
 
     Args:
         truths: Of N images; those without a known mask count at image level only.
         scores: [N].
         maps: Each image's [H, W], of its mask's size; may be read when they are asked for, several times.
     """
-    labels, found = np.array([truth.label for truth in truths]), {}
-    if len(set(labels.tolist())) == 2:
-        found |= image_metrics(np.asarray(scores), labels)
+    missing, found = undefined(truths), {}
+    if IMAGE_METRICS[0] not in missing:
+        found |= image_metrics(np.asarray(scores), np.array([truth.label for truth in truths]))
     masked = [i for i, truth in enumerate(truths) if truth.has_mask]
-    if maps is not None and labels[masked].any():
+    if maps is not None and PIXEL_METRICS[0] not in missing:
         found |= pixel_metrics(Lazy(maps.__getitem__, masked), Lazy(lambda i: truths[i].mask(), masked))
     return found
 
@@ -340,28 +308,22 @@ def measure_records(records: Sequence[Record], score_type: str, pixels: bool = T
     return measure(records, [record.scores[score_type] for record in records], maps)
 
 
-def share(jobs: Sequence, work: Callable[[Any], Any], description: str) -> list:
-    """`work(job)` of each job, in order; each process does its part, all get all of it."""
-    state = PartialState()
-    own = list(enumerate(jobs))[state.process_index :: state.num_processes]
-    progress = tqdm(own, description, disable=not state.is_local_main_process)
-    return [found for _, found in sorted(gather_object([(i, work(job)) for i, job in progress]), key=lambda x: x[0])]
-
-
 def curves_of_records(records: Sequence[Record], score_type: str) -> dict[str, np.ndarray] | None:
-    """`pixel_curves`; None where no masks are known, and for the global score."""
+    """`pixel_curves`; None where pixel metrics are `undefined`, and for the global score."""
     masked = [record for record in records if record.has_mask]
-    if score_type == GLOBAL or not any(record.label for record in masked):
+    if score_type == GLOBAL or PIXEL_METRICS[0] in undefined(records):
         return None
     maps = Lazy(lambda record: record.map(score_type), masked)
     return pixel_curves(maps, Lazy(Record.mask, masked), num_points=300)
 
 
-def mean_metrics(rows: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the rows that have it."""
-    rows = list(rows)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+def mean_metrics(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each metric over the rows that have it; None where it is None in all."""
+    found = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).extend([] if value is None else [value])
+    return {name: float(np.mean(values)) if values else None for name, values in found.items()}
 
 
 def measure_decisions(
@@ -373,25 +335,26 @@ def measure_decisions(
         num_scores: Good images that the thresholds rest on.
 
     Returns:
-        For each rate, if there are good images: `false_alarms` among `num_good`; `interval`, which their number lies
-        in with a probability of 95 % or more if the rate holds (binomial), and whether it is `inside`;
-        `interval_few`, the same for thresholds that rest on the ranks of `num_scores` good images, which is wider
-        (beta-binomial); and `found` among `num_bad`.
+        For each rate: `false_alarms` among `num_good`; `interval`, which their number lies in with a probability of
+        95 % or more if the rate holds (binomial), and whether it is `inside`; `interval_few`, the same for thresholds
+        that rest on the ranks of `num_scores` good images, which is wider (beta-binomial); and `found` among
+        `num_bad`. Without good images the intervals and `inside` are None.
     """
     good, bad = (np.array([r.p_values[score_type] for r in records if r.label == label]) for label in (0, 1))
     rows = []
-    for rate in false_alarm_rates if len(good) else ():
-        alarms = int((good <= rate).sum())
-        low, high = (int(x) for x in binom.interval(0.95, len(good), rate))
-        few = betabinom.interval(0.95, len(good), rate * (num_scores + 1), (1 - rate) * (num_scores + 1))
+    for rate in false_alarm_rates:
+        alarms, interval, few = int((good <= rate).sum()), None, None
+        if len(good):
+            interval = [int(x) for x in binom.interval(0.95, len(good), rate)]
+            few = betabinom.interval(0.95, len(good), rate * (num_scores + 1), (1 - rate) * (num_scores + 1))
         rows.append(
             {
                 "false_alarm_rate": rate,
                 "false_alarms": alarms,
                 "num_good": len(good),
-                "interval": [low, high],
-                "inside": low <= alarms <= high,
-                "interval_few": [int(x) for x in few],
+                "interval": interval,
+                "inside": interval and interval[0] <= alarms <= interval[1],
+                "interval_few": few and [int(x) for x in few],
                 "found": int((bad <= rate).sum()),
                 "num_bad": len(bad),
             }

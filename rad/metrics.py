@@ -16,6 +16,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from tqdm.auto import tqdm
 
 MAX_PIXELS = 2**23  # sorted at a time
+IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "aupro_0.05")
 
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

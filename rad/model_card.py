@@ -28,7 +28,7 @@ def create_model_card(
     pipeline: DiffusionPipeline,
     repo_id: str | None = None,
     title: str | None = None,
-    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    metrics: Mapping[str, Mapping[str, float | str]] | None = None,
     training: str | Mapping[str, object] | None = None,
     picture: str | None = None,
     caption: str = "From left to right: input, anomaly map with the regions that raise the alarm, restored.",
@@ -44,7 +44,8 @@ def create_model_card(
         repo_id: "user/repo", for the lines that show how to load it.
         title: By default the repository's name.
         metrics: For each data set, by its name, the values measured on its test split; "image_auroc", "pixel_auroc",
-            "pixel_ap" and "aupro" are known, others keep their names. They also become the `model-index`.
+            "pixel_ap" and "aupro" are known, others keep their names. They also become the `model-index`; a text in
+            place of a value, why there is none, does not.
         training: How it was trained: Markdown, or facts by name such as {"Command": "...", "Steps": 3500}.
         picture: File name in the repository of a picture of real results, as from `results_figure`.
         caption: What it shows.
@@ -68,6 +69,7 @@ def create_model_card(
         )
         for name, values in metrics.items()
         for metric, value in values.items()
+        if not isinstance(value, str)
     ]
     data = ModelCardData(
         library_name="diffusers",
@@ -113,12 +115,13 @@ def _introduction(pipeline: DiffusionPipeline) -> str:
     )
 
 
-def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _table(metrics: Mapping[str, Mapping[str, float | str]]) -> str:
     columns = list(dict.fromkeys(metric for values in metrics.values() for metric in values))
     lines = ["| data | " + " | ".join(METRICS.get(m, (m, m))[1] for m in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name, values in metrics.items():
-        cells = [f"{values[m]:.3f}" if m in values else "" for m in columns]
+        cells = [values.get(m, "") for m in columns]
+        cells = [cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from .evaluation import Record
 from .image_reader import decode
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import p_value_text
+from .truths import EMPTY, MASKED, NONE, undefined_sentences
 from .visualization import (
     curve_figures,
     histogram_figure,
@@ -74,6 +75,11 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything beside the names of rows and columns."""
+        return bool(self.rows) and len(self.columns) > 1
+
     def to_markdown(self) -> str:
         """The table in Markdown; names from files cannot start anything in it."""
         lines = (
@@ -121,39 +127,45 @@ class Picture:
         return f'<figure><img src="{source}" alt="{caption}" {size}><figcaption>{caption}</figcaption></figure>'
 
 
-def metrics_table(title: str, note: str, first: str, rows: dict[str, dict[str, float]]) -> Table:
+def metrics_table(title: str, note: str, first: str, rows: dict[str, dict[str, float | None]]) -> Table:
     """A row for each name; columns that no row has are left out, a dash stands where one has none."""
-    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    cells = [[k, *(f"{row[n]:.3f}" if n in row else "-" for n in names)] for k, row in rows.items()]
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
+    cells = [[k, *("-" if row.get(n) is None else f"{row[n]:.3f}" for n in names)] for k, row in rows.items()]
     return Table(title, note, [first, *(COLUMNS[name] for name in names)], cells)
 
 
 def summary_tables(results: dict[str, Any]) -> list[Table]:
     """Of all categories together: scores, categories, decisions and, where asked for, the published table."""
-    tables, scores = [], results["scores"]
-    count = f"{results['num_good']} good and {results['num_anomalous']} defective images"
+    tables, scores = [images_table(results)], results["scores"]
+    note = f"{results['num_good']} good and {results['num_anomalous']} defective images"
+    if len(results["categories"]) > 1:
+        note += f"; mean over {len(results['categories'])} categories"
+        note += " or, of each metric, those that define it" if results["truth"]["undefined"] else ""
+    note += "."
     if results["published"]:
         tables.append(published_table(results))
     tables.append(
-        metrics_table(
-            "Scores",
-            f"{count}; mean over {len(results['categories'])} categories."
-            if len(results["categories"]) > 1
-            else f"{count}.",
-            "score",
-            {title_of(name): score["mean"] for name, score in scores.items()},
-        )
+        metrics_table("Scores", note, "score", {title_of(name): score["mean"] for name, score in scores.items()})
     )
     if len(results["categories"]) > 1:
         tables.append(metrics_table("Categories", "The fused score.", "category", scores["fused"]["categories"]))
-    if results["thresholds"] and results["num_good"]:
+    if results["thresholds"]:
         tables.append(decisions_table("Decisions", scores["fused"]["decisions"]["all"], results))
-    return tables
+    return [table for table in tables if table.has_values]
+
+
+def images_table(results: dict[str, Any]) -> Table:
+    """What there was to measure on, and what could not be."""
+    truth, kinds = results["truth"], ["good", "defective", MASKED, EMPTY, NONE]
+    note = "Defective images without a mask, or with an empty one, count at image level only."
+    told = [note, *truth["notes"], *undefined_sentences(truth["undefined"])]
+    cells = [[category, *(str(own[kind]) for kind in kinds)] for category, own in truth["counts"].items()]
+    return Table("Images", " ".join(told), ["category", *kinds], cells)
 
 
 def defects_table(results: dict[str, Any], category: str) -> Table:
     """A row for each kind of defect of a category."""
-    note = "Images of this kind against the good ones, fused score."
+    note = "Images of this kind against the good ones, fused score. A dash: of this kind there are no masks."
     return metrics_table("Kinds of defect", note, "defect", results["scores"]["fused"]["defects"][category])
 
 
@@ -168,18 +180,15 @@ def decisions_table(title: str, rows: list[dict[str, Any]], results: dict[str, A
     columns = ["requested rate", "false alarms", "95 % interval", "inside", "thresholds counted in", "defective found"]
     cells = []
     for row in rows:
-        (low, high), (wide_low, wide_high) = row["interval"], row["interval_few"]
-        cells.append(
-            [
-                f"{row['false_alarm_rate']:.3g}",
-                f"{row['false_alarms']} of {row['num_good']}" + f" ({row['false_alarms'] / row['num_good']:.1%})",
-                f"{low} to {high}",
-                "yes" if row["inside"] else "NO",
-                f"{wide_low} to {wide_high}",
-                f"{row['found']} of {row['num_bad']}"
-                + (f" ({row['found'] / row['num_bad']:.1%})" if row["num_bad"] else ""),
-            ]
+        by_chance = ["-"] * 3  # without good images
+        if row["num_good"]:
+            (low, high), (wide_low, wide_high) = row["interval"], row["interval_few"]
+            by_chance = [f"{low} to {high}", "yes" if row["inside"] else "NO", f"{wide_low} to {wide_high}"]
+        alarms, found = (
+            f"{count} of {total}" + (f" ({count / total:.1%})" if total else "")
+            for count, total in ((row["false_alarms"], row["num_good"]), (row["found"], row["num_bad"]))
         )
+        cells.append([f"{row['false_alarm_rate']:.3g}", alarms, *by_chance, found])
     return Table(title, note, columns, cells)
 
 
@@ -192,7 +201,8 @@ def published_table(results: dict[str, Any]) -> Table:
     mean, names = results["scores"]["fused"]["mean"], set(results["categories"])
     same = names == MVTEC_AD and not results["arguments"]["pasted_defects"]
     data = "this run, MVTec-AD" if same else "this run, OTHER DATA"
-    ours = [f"{100 * mean[name]:.1f}" if name in mean else "-" for name in ("pixel_auroc", "aupro")]
+    ours = [mean["pixel_auroc"], mean["aupro"]]
+    ours = ["-" if value is None else f"{100 * value:.1f}" for value in ours]
     note = f"Pixel AUROC and PRO (FPR ≤ 0.3) in percent, {results['published']}, mean over categories."
     if not same:
         note += (
@@ -211,7 +221,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     tables = summary_tables(results)
     for category in results["categories"]:
         table = defects_table(results, category)
-        tables.append(Table(f"{table.title}: {category}", table.note, table.columns, table.rows))
+        if table.has_values:
+            tables.append(Table(f"{table.title}: {category}", table.note, table.columns, table.rows))
     return "\n\n".join(table.to_markdown() for table in tables) + "\n"
 
 
@@ -228,7 +239,8 @@ def to_html(results: dict[str, Any], sections: dict[str, dict[str, list[Picture]
     if shown:
         parts.append("<h2>Figures as the paper's</h2>" + "".join(shown))
     for number, (category, groups) in enumerate(sections.items()):
-        inside = [defects_table(results, category).to_html(3)]
+        table = defects_table(results, category)
+        inside = [table.to_html(3)] if table.has_values else []
         decisions = results["scores"]["fused"]["decisions"].get("categories", {}).get(category)
         if decisions and len(sections) > 1:
             inside.append(decisions_table("Decisions", decisions, results).to_html(3))
@@ -345,10 +357,11 @@ def draw_figures(
         columns |= {name: [record.map(name) for record in shown] for name in names}
         drawn = maps_figure(pictures, columns)
         figures["methods"] = Picture(drawn, "Score types side by side, as RAN's figure 1.", lossless=False)
-        names = [name for name in ("image_auroc", "pixel_auroc", "aupro") if name in sweep["0"]]
+        names = [name for name in ("image_auroc", "pixel_auroc", "aupro") if sweep["0"].get(name) is not None]
         lines = {COLUMNS[name]: [row[name] for row in sweep.values()] for name in names}
-        drawn = sweep_figure([float(alpha) for alpha in sweep], lines)
-        figures["alpha_sweep"] = Picture(drawn, "The weight of KL in paper mode, as RAN's figure 5.")
+        if lines:
+            drawn = sweep_figure([float(alpha) for alpha in sweep], lines)
+            figures["alpha_sweep"] = Picture(drawn, "The weight of KL in paper mode, as RAN's figure 5.")
         paper = [in_paper_mode[record.index] for record in shown]
         columns = {"truth": [record.mask() for record in paper]}
         columns |= {name: [record.map(name) for record in paper] for name in ("pixel", "feature", "fused")}

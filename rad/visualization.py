@@ -16,6 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from .data.masks import resize_mask
 from .image_processor import overlay
 from .image_reader import ImageInput, decode
 from .models.evidence import SCORE_TYPES
@@ -276,7 +277,7 @@ def verdict_picture(
     size = tuple(max(1, round(length * scale)) for length in image.size)
     image = image.resize(size, Image.Resampling.LANCZOS)
     values = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-    truth = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
+    truth = resize_mask(truth, size[::-1])
     if heat_range is None:
         low = float(np.median(values))
         heat_range = low, max(4 * low, float(values.max()), low + 1e-3)

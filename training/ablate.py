@@ -40,18 +40,16 @@ from rad.data.dataset import evenly
 from rad.data.drawn import DrawnDefects
 from rad.evaluation import (
     METRICS,
-    Truth,
-    check_truths,
     fingerprint,
     mean_metrics,
     measure,
-    read_truths,
     resize_square,
 )
 from rad.files import whole
 from rad.image_processor import resize_map
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_loading import EMBEDDED_MODELS
+from rad.truths import Survey, Truth, read_truths, survey
 
 RESPACED_STEPS = [5, 12, 25, 50, 75, 100, 150]  # of 250: 20, 48, 100, 201, 301, 401 and 602 of the full chain
 PATHS = ("model", "data_dir", "output_dir", "raw_dir", "page")  # arguments that may tell of one's own disk
@@ -111,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure_setting(x: RawMaps, maps: torch.Tensor | None, scores: torch.Tensor, map_size: int) -> dict[str, float]:
-    """Means over categories of the four metrics, of image AUROC alone without maps.
+    """Means over categories of those of the four metrics that are defined, of image AUROC alone without maps.
 
     Maps go to each image's own size and then to `map_size`, as those of records do.
     """
@@ -141,7 +139,7 @@ def summarise(metrics: list[dict[str, float]], scores: list[torch.Tensor]) -> di
 
 def to_markdown(ablation: Ablation, rows: list[dict]) -> str:
     """The table; the default is bold."""
-    names = [name for name in METRIC_TITLES if name in rows[0]["test"]]
+    names = [name for name in METRIC_TITLES if any(name in rows[0][part] for part in SETS)]
     short = {name: METRIC_TITLES[name].split(" (")[0] for name in METRICS} | {"score_std": "score's deviation"}
     heads = [*ablation.columns, *(f"{part}: {short[name]}" for part in SETS for name in names)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -159,8 +157,8 @@ def to_markdown(ablation: Ablation, rows: list[dict]) -> str:
 
 def draw(ablation: Ablation, rows: list[dict]) -> Figure:
     """A panel for each metric: lines over a quantity, a colour for each series, or bars."""
-    names = [name for name in METRIC_TITLES if name in rows[0]["test"]]
-    num_rows, num_columns = {1: (1, 1), 4: (2, 2), 5: (2, 3)}[len(names)]
+    names = [name for name in METRIC_TITLES if any(name in rows[0][part] for part in SETS)]
+    num_rows, num_columns = {1: (1, 1), 4: (2, 2), 5: (2, 3)}[len(names)]  # all are defined on drawn defects
     width, height = (4.6, 3.2) if ablation.sweep else (5.2, 0.8 + 0.4 * len(rows))
     figure = Figure(figsize=(max(8, width * num_columns), height * num_rows + 0.6), dpi=110, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=not ablation.sweep).flatten()
@@ -188,7 +186,7 @@ def draw_sweep(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> N
                 shift = 0.03 * (2 * i + k - 2.5) if any(error) else 0.0  # so that error bars stand side by side
                 axis.errorbar(
                     [values.index(value) + shift for value in group],
-                    [own[value][part][name] for value in group],
+                    [own[value][part].get(name, np.nan) for value in group],
                     yerr=error if any(error) else None,
                     linestyle=style if group is numbers else "none",
                     marker=marker,
@@ -210,7 +208,7 @@ def draw_bars(axis: Axes, ablation: Ablation, rows: list[dict], name: str) -> No
     """One metric of each row, both sets, with the numbers."""
     for i, part in enumerate(("test", "pasted")):
         places = np.arange(len(rows)) + (0.2 if i else -0.2)
-        values = [row[part].get(name, np.nan) for row in rows]  # the whole image has no map
+        values = [row[part].get(name, np.nan) for row in rows]  # no map, or not defined
         bars = axis.barh(places, values, 0.38, color=COLORS[i], label=SETS[part])
         axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
     titles = [", ".join(row[column] for column in ablation.columns) for row in rows]
@@ -251,6 +249,7 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
         f"Draws are compared on {facts['num_test_draws']} test and {facts['num_pasted_draws']} pasted images with "
         f"{args.num_seeds} noise seeds. Maps and masks at {args.map_size} x {args.map_size}, AUPRO up to a "
         "false-positive rate of 0.3, means over categories. Bold: the default.",
+        " ".join(facts["told"]),
     ]
     for name, table in tables.items():
         ablation = ABLATIONS[name]
@@ -306,15 +305,17 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "pasted": range(2 * len(others)),
         "test": evenly(len(sets["test"]), args.max_test_samples),
     }
+    seen = survey(sets["test"], picked["test"])
+    seen.check()
+    accelerator.print("\n".join(seen.sentences()), flush=True)
     truths = {name: read_truths(sets[name], indices, args.map_size) for name, indices in picked.items()}
     picked = {
         "pasted": [2 * i + j for i in evenly(len(others), args.max_draw_samples // 2) for j in (0, 1)],
         "test": evenly(len(truths["test"]), args.max_draw_samples),
     }
     some = {name: [truths[name][i] for i in positions] for name, positions in picked.items()}
-    for name in sets:
-        check_truths(truths[name], f"{name} images")
-        check_truths(some[name], f"{name} images to compare draws on")
+    compared = {truth.index for truth in some["test"]}
+    Survey(tuple(one for one in seen.seen if one.index in compared)).check()
 
     # 2. Raw maps, each with the Gaussians of its set
     files = [(str(sample.image), sample.image.stat().st_size) for sample in [*sets["test"].samples, *dataset.samples]]
@@ -359,6 +360,8 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "num_good": len(statistics),
         "num_test_draws": len(some["test"]),
         "num_pasted_draws": len(some["pasted"]),
+        "truth": seen.to_dict(),
+        "told": seen.sentences(),
     }
     options = {"draws": (args.max_draws, args.num_seeds, normality.config.num_noise_samples)}
     results = {}

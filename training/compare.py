@@ -45,15 +45,15 @@ from rad.data.batches import to_pixels
 from rad.data.dataset import evenly
 from rad.evaluation import (
     METRICS,
-    check_truths,
     hash_code,
     hash_pipeline,
     keep_records,
+    mean_metrics,
     measure_records,
-    read_truths,
 )
 from rad.files import remove_partials, whole
 from rad.pipeline_loading import EMBEDDED_MODELS
+from rad.truths import Survey, survey
 
 COLUMNS = {  # of the table: heading, and how a value is written
     "image_auroc": ("image AUROC", "{:.3f}"),
@@ -190,7 +190,7 @@ def score(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None
             )
             memory = peak_memory()
             found = {title: measure_records(records, title) for title in records[0].scores}
-        accuracy = {title: {name: metrics[name] for name in METRICS} for title, metrics in found.items()}
+        accuracy = {title: {name: metrics.get(name) for name in METRICS} for title, metrics in found.items()}
         no_fit = {"fit_seconds": None, "fit_memory_mb": None, "fit_threads": None}
         record = {
             **(no_fit if method == "rad" else read_fit(paths(method, category, args)[0])),
@@ -224,8 +224,8 @@ def time_in_turns(categories: list[str], args: argparse.Namespace) -> dict[str, 
 def table(records: dict[str, list[dict]], seconds: dict[str, list[float]]) -> list[dict]:
     """The rows, one dict each, of {method: records of its categories} and `time_in_turns`.
 
-    Accuracy is the mean over categories, latency the median over images, and so is its ratio; times to fit are summed;
-    memory is the largest, and size that of one category's model.
+    Accuracy is the mean over categories that define it, latency the median over images, and so is its ratio; times to
+    fit are summed; memory is the largest, and size that of one category's model.
     """
     rows = []
     for method, found in records.items():
@@ -242,13 +242,12 @@ def table(records: dict[str, list[dict]], seconds: dict[str, list[float]]) -> li
             "settings": found[0]["settings"],
         }
         for title in found[0]["accuracy"]:
-            means = {name: float(np.mean([r["accuracy"][title][name] for r in found])) for name in METRICS}
-            rows.append({"method": title, **means, **common})
+            rows.append({"method": title, **mean_metrics(r["accuracy"][title] for r in found), **common})
     return rows
 
 
-def to_markdown(rows: list[dict], num_images: int) -> str:
-    """The table, and below it how it was timed and the settings of each method."""
+def to_markdown(rows: list[dict], num_images: int, told: list[str]) -> str:
+    """The table, and below it what is to be `told`, how it was timed and the settings of each method."""
     lines = ["| method | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
     lines.append("|---" * (1 + len(COLUMNS)) + "|")
     for row in rows:
@@ -259,13 +258,15 @@ def to_markdown(rows: list[dict], num_images: int) -> str:
     timing += f"; {torch.get_num_threads()} threads" + (f", {' or '.join(threads)} to fit." if threads else ".")
     first = {row["settings"]: row["method"] for row in reversed(rows)}  # rows of one method share them
     settings = [f"- {method}: {settings}" for settings, method in reversed(first.items())]
-    return "\n".join([*lines, "", timing, "", *settings])
+    return "\n".join([*lines, "", *told, "", timing, "", *settings])
 
 
 def draw(rows: list[dict]) -> Figure:
-    """AUPRO and image AUROC against latency, names beside the axes; the pipeline's single scores are hollow."""
-    figure = Figure(figsize=(13, 1.5 + 0.3 * max(10, len(rows))), dpi=120, layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("aupro", "image_auroc"), strict=True):
+    """AUPRO and image AUROC, as far as they are defined, against latency, names beside the axes; the pipeline's single
+    scores are hollow."""
+    names = [name for name in ("aupro", "image_auroc") if any(row[name] is not None for row in rows)]
+    figure = Figure(figsize=(6.5 * len(names), 1.5 + 0.3 * max(10, len(rows))), dpi=120, layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for number, row in enumerate(rows):
             alone = row["method"].endswith("alone")
             axis.plot(
@@ -323,11 +324,12 @@ def main(args: argparse.Namespace) -> list[dict]:
 
     # 1. What is there already; all of it must come from the same arguments
     pipeline = RADPipeline.load(args.model)
-    categories = load_dataset(args.data_dir, args.dataset_format, "test", args.category).categories
+    categories, seen = load_dataset(args.data_dir, args.dataset_format, "test", args.category).categories, Survey()
     for category in categories:
         test = load_dataset(args.data_dir, args.dataset_format, "test", [category])
-        truths = read_truths(test, evenly(len(test), args.max_test_samples), args.map_size)
-        check_truths(truths, "test images")
+        seen += survey(test, evenly(len(test), args.max_test_samples))
+    seen.check()
+    print("\n".join(seen.sentences()), flush=True)
     marks = {m: {c: marks_of(m, c, pipeline, args) for c in categories} for m in args.methods}
     for method in args.methods:
         for category, mark in marks[method].items():
@@ -362,9 +364,11 @@ def main(args: argparse.Namespace) -> list[dict]:
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "rows": rows,
+            "truth": seen.to_dict(),
             "seconds": seconds,
         }
-        texts = {"json": json.dumps(results, indent=2), "md": to_markdown(rows, args.latency_images) + "\n"}
+        told = seen.sentences()
+        texts = {"json": json.dumps(results, indent=2), "md": to_markdown(rows, args.latency_images, told) + "\n"}
         for suffix, text in texts.items():
             with whole(folder / f"results.{suffix}") as partial:
                 partial.write_text(text)

@@ -31,6 +31,7 @@ from rad import RADPipeline, __version__
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
 from rad.data.dataset import evenly
 from rad.data.drawn import DrawnDefects
+from rad.data.masks import resize_mask
 from rad.evaluation import (
     LIBRARIES,
     Record,
@@ -40,14 +41,14 @@ from rad.evaluation import (
     measure_decisions,
     measure_records,
     score_dataset,
-    share,
 )
 from rad.files import whole
 from rad.image_reader import decode
-from rad.metrics import psnr
+from rad.metrics import IMAGE_METRICS, PIXEL_METRICS, psnr
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_loading import EMBEDDED_MODELS
 from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
+from rad.truths import share_work, survey
 
 RATES = (0.01, 0.05, 0.1)  # false-alarm rates that are checked
 ALPHAS = [i / 10 for i in range(11)]
@@ -158,7 +159,7 @@ def restore(
     # As floats, which mean the same to any model, whatever the numbers in its files
     again = pipeline(np.asarray(restored.images[0], np.float32) / 255, class_labels=label, false_alarm_rate=0.01)
     image = decode(image, pipeline.image_processor.pixel_range)
-    mask = np.asarray(Image.fromarray(record.mask()).resize(image.size, Image.Resampling.NEAREST))
+    mask = resize_mask(record.mask(), image.size[::-1])
     outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(image.size) // 16)
     before, after = (np.asarray(x, np.float64) / 255 for x in (image, restored.images[0]))
     found = {"passed": not again.is_anomalous[0], "steps": len(restored.distances[0]) - 1}
@@ -168,13 +169,15 @@ def restore(
 
 
 def measure_category(records: list[Record], score_type: str) -> dict[str, Any]:
-    """Metrics of a score in a category, of each kind of defect beside the good images, and its curves."""
+    """Metrics of a score in a category, None where not defined, of each kind of defect beside the good images, and its
+    curves."""
     good, defects = [record for record in records if not record.label], {}
+    names = IMAGE_METRICS + (PIXEL_METRICS if SCORE_TYPES[score_type].has_map else ())
     for defect in sorted({record.defect for record in records if record.label}):
         own = [record for record in records if record.defect == defect]
         defects[defect] = measure_records(good + own, score_type, pixels=score_type == "fused")
     return {
-        "metrics": measure_records(records, score_type),
+        "metrics": dict.fromkeys(names) | measure_records(records, score_type),
         "defects": defects,
         "curves": curves_of_records(records, score_type),
     }
@@ -221,7 +224,7 @@ def score(
         found.thresholds |= dict.fromkeys(sorted({record.category for record in records}), thresholds)
     if args.restore:
         chosen = [bad[i] for i in evenly(len(bad), args.restore)]
-        found.restorations += share(chosen, lambda record: restore(args, pipeline, dataset, record), "Restoring")
+        found.restorations += share_work(chosen, lambda record: restore(args, pipeline, dataset, record), "Restoring")
     if args.figures:
         size = pipeline.config.resolution
         found.paper_records += score_dataset(
@@ -234,7 +237,7 @@ def score(
             output = pipeline.restore(image, class_labels=record.used_category)
             return output.intermediates[0], output.distances[0]
 
-        found.restored += share([bad[i] for i in evenly(len(bad), 3)], steps, "Restoring")
+        found.restored += share_work([bad[i] for i in evenly(len(bad), 3)], steps, "Restoring")
     found.records += records
 
 
@@ -244,7 +247,7 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
     categories, score_types = sorted({r.category for r in found.records}), list(found.records[0].scores)
     members = {name: [record for record in found.records if record.category == name] for name in categories}
     jobs = [(name, category) for name in score_types for category in categories]
-    rows = share(jobs, lambda job: measure_category(members[job[1]], job[0]), "Measuring")
+    rows = share_work(jobs, lambda job: measure_category(members[job[1]], job[0]), "Measuring")
     rows = dict(zip(jobs, rows, strict=True))
     scores = {}
     for name in score_types:
@@ -282,14 +285,15 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
         results["restoration"] = {
             "num_images": len(found.restorations),
             "share_below_1_percent_threshold": float(np.mean([r["passed"] for r in found.restorations])),
-            "psnr_outside_mask_median_db": float(np.median(fidelity)),
-            "share_psnr_at_least_35_db": float(np.mean(np.array(fidelity) >= 35)),
+            # Where each image is defect all over, none
+            "psnr_outside_mask_median_db": float(np.median(fidelity)) if fidelity else None,
+            "share_psnr_at_least_35_db": float(np.mean(np.array(fidelity) >= 35)) if fidelity else None,
             "mean_steps": float(np.mean([r["steps"] for r in found.restorations])),
         }
     if found.paper_records:
         members = {name: [r for r in found.paper_records if r.category == name] for name in categories}
         jobs = [(alpha, category) for alpha in ALPHAS for category in categories]
-        rows = share(jobs, lambda job: alpha_sweep(members[job[1]], job[0]), "Sweeping alpha")
+        rows = share_work(jobs, lambda job: alpha_sweep(members[job[1]], job[0]), "Sweeping alpha")
         results["alpha_sweep"] = {
             f"{alpha:g}": mean_metrics(row for job, row in zip(jobs, rows, strict=True) if job[0] == alpha)
             for alpha in ALPHAS
@@ -302,14 +306,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)
     share_cores()
 
-    # 1. Score: one model after another, each on its categories
+    # 1. What can be measured, before anything is scored
     dataset, models, found = load_data(args), {}, Found()
-    for i in evenly(len(dataset), args.max_test_samples):
+    picked = evenly(len(dataset), args.max_test_samples)
+    surveyed = survey(dataset, picked)
+    surveyed.check(args.mode == "calibrated")
+    if args.restore and not any(one.label and one.has_mask for one in surveyed.seen):
+        raise ValueError("--restore takes defective images with a mask, and there are none.")
+    if state.is_main_process:
+        print("\n".join(surveyed.sentences()), flush=True)
+
+    # 2. Score: one model after another, each on its categories
+    for i in picked:
         models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
     for model, indices in models.items():
         score(args, RADPipeline.load(model).to(args.device or state.device), dataset, indices, found)
 
-    # 2. Measure
+    # 3. Measure
     measured, curves = measure(args, found)
     threads = f"processes: {state.num_processes}, threads: {torch.get_num_threads()}"
     results = {
@@ -320,12 +333,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"rad": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         "device": f"{args.device or state.device}, {threads}",
+        "truth": surveyed.to_dict(),
         **measured,
     }
     if not state.is_main_process:
         return results
 
-    # 3. Write
+    # 4. Write
     figures = {}
     if args.figures:
         sweep = results["alpha_sweep"]

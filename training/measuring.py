@@ -6,25 +6,25 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from rad import RADPipeline
 from rad.data import load_dataset
 from rad.evaluation import mean_metrics, measure_records, score_dataset
-from rad.image_reader import ImageInput, decode
+from rad.image_reader import ImageInput
 from rad.model_card import METRICS
+from rad.truths import survey
 
 logger = logging.getLogger("rad.train")
 
 
 def measure_test_split(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline
-) -> tuple[dict[str, float], list[ImageInput]]:
+) -> tuple[dict[str, float | str], list[ImageInput]]:
     """Metrics of the fused score on the test split, means over categories, and its defective images.
 
-    Each process scores its share, the main one gets the metrics. There are none where there is no such split, or a
-    category of it lacks good images or masks. Images that cannot be read are named and left out.
+    Each process scores its share, the main one gets the metrics; in place of one that no category defines stands why.
+    There are none where there is no such split. Images and masks that cannot be read are named and left out.
 
     Raises:
         OSError: There is no room for the maps in --output_dir, where they are kept meanwhile.
@@ -37,40 +37,32 @@ def measure_test_split(
         logger.info(f"There is no test split to measure on: {error}")
         return {}, []
 
-    def has_mask(index: int) -> bool | str:
-        """Or why the image or its mask cannot be read."""
-        try:
-            decode(tests[index].image)
-            return tests.mask(index) is not None
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    own = range(len(tests))[accelerator.process_index :: accelerator.num_processes]
-    masked = dict(sorted(gather_object([(i, has_mask(i)) for i in own])))
-    for error in [found for found in masked.values() if isinstance(found, str)]:
+    seen = survey(tests, range(len(tests)), pipeline.image_processor.resize)
+    for error in seen.errors:
         logger.warning(f"Not measured: {error}")
-    masked = {i: found for i, found in masked.items() if not isinstance(found, str)}
-    defective = [tests[i].image for i in masked if tests[i].label]
-    for category in sorted({tests[i].category for i in masked}):
-        members = [i for i in masked if tests[i].category == category]
-        if all(tests[i].label for i in members) or not any(tests[i].label and masked[i] for i in members):
-            logger.info(f"Not measured: the test split of {category!r} has no good images, or none with a mask.")
-            return {}, defective
-
-    if not masked:
-        return {}, []
+    for sentence in seen.sentences():
+        logger.info(sentence)
+    defective = [tests[one.index].image for one in seen.seen if one.label]
+    reasons = seen.undefined()
+    lacking = {
+        name: f"not defined: {'; '.join(dict.fromkeys(reasons[category][name] for category in seen.categories))}"
+        for name in METRICS
+        if seen.seen and all(name in reasons.get(category, ()) for category in seen.categories)
+    }
+    if len(lacking) == len(METRICS) or not seen.seen:
+        return lacking, defective
 
     folder = Path(args.output_dir) / ".partial-records"
     try:
-        records = score_dataset(pipeline, tests, list(masked), folder)
+        records = score_dataset(pipeline, tests, [one.index for one in seen.seen], folder)
     except SafetensorError as error:
         raise OSError(f"What test images score could not be kept in {folder} ({error}).") from error
-    categories = sorted({record.category for record in records})
     means = {}
     if accelerator.is_main_process:
-        members = ([record for record in records if record.category == category] for category in categories)
+        members = ([record for record in records if record.category == category] for category in seen.categories)
         means = mean_metrics(measure_records(own, "fused") for own in members)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-    return {name: value for name, value in means.items() if name in METRICS}, defective
+    found = {**lacking, **means}
+    return {name: found[name] for name in METRICS if name in found}, defective

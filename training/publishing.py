@@ -60,14 +60,14 @@ def write_card(
     num_train: int,
     num_holdout: int,
     pictured: list[ImageInput],
-    metrics: dict[str, float],
+    metrics: dict[str, float | str],
 ) -> None:
     """README.md, the model card, and results.png, the picture in it.
 
     Args:
         num_train, num_holdout: Good images for training and held out.
         pictured: Images to show results on; without any there is no picture.
-        metrics: Measured on the test split, by name; empty if there is none.
+        metrics: Measured on the test split, by name, or why one is not defined; empty if there is none.
     """
     words = [word for i, word in enumerate(sys.argv) if "--hub_token" not in (word, sys.argv[i - 1])]
     words = [Path(word).name if Path(word).is_absolute() else word for word in words if "--hub_token=" not in word]

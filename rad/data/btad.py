@@ -6,7 +6,8 @@ and a mask's suffix may differ from its image's.
 
 from pathlib import Path
 
-from .dataset import Sample, find_mask
+from .dataset import Sample
+from .masks import find_mask
 from .mvtec import load_categories
 
 

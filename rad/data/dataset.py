@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_reader import FORMATS
+from .masks import Mask, read_mask, resize_mask, upright_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_IMAGES = 10  # of a category to be trained on
@@ -24,15 +24,15 @@ class Sample:
         category: What the image shows, "bottle" for example.
         defect: "good" or the kind of defect.
         mask: Ground-truth mask, or several of which each marks a part; None for good images and where none is known.
-        mask_threshold: Grey values above it are defect: 127 where 255 is defect and faint fringes around it are not,
-            0 where masks hold small numbers such as the kind of defect.
+        mask_threshold: Values of the mask above it are defect: 0 where any value but 0 is, as where they are kinds of
+            defect; by default they are told by what is there, as `masks.py` says.
     """
 
     image: Path | Image.Image | np.ndarray
     category: str
     defect: str = "good"
     mask: Path | Image.Image | tuple[Path, ...] | None = None
-    mask_threshold: int = 127
+    mask_threshold: int | None = None
 
     @property
     def label(self) -> int:
@@ -89,34 +89,32 @@ class AnomalyDataset(Dataset):
             train += shuffled[count:]
         return sorted(train), sorted(holdout)
 
+    def read_mask(self, index: int) -> Mask | None:
+        """The mask of an anomalous image at its own size, which may be empty; None where there is none.
+
+        Raises:
+            ValueError: As `masks.read_mask`.
+        """
+        sample = self[index]
+        if sample.mask is None:
+            return None
+        return read_mask(sample.mask, sample.image, sample.mask_threshold, self.samples[index].image)
+
     def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray | None:
-        """Ground-truth mask as bool [H, W], resized by nearest neighbour to `size` = (height, width) when given.
+        """Ground-truth mask as bool [H, W], resized by `resize_mask` to `size` = (height, width) when given.
 
         All False for a good image. None for an anomalous one without a mask or with an empty one: it counts at image
         level and is left out at pixel level.
 
         Raises:
-            ValueError: A mask cannot be read.
+            ValueError: As `masks.read_mask`.
         """
-        sample = self[index]
-        if not sample.label:
-            if size is None and isinstance(sample.image, Path):
-                with Image.open(sample.image, formats=FORMATS) as image:
-                    size = image.size[::-1]
-            return np.zeros(sample.image.size[::-1] if size is None else size, dtype=bool)
-        if sample.mask is None:
+        if not self.samples[index].label:
+            return np.zeros(size or upright_size(self[index].image), dtype=bool)
+        mask = self.read_mask(index)
+        if mask is None or not mask.pixels.any():
             return None
-        parts = []
-        for part in sample.mask if isinstance(sample.mask, tuple) else (sample.mask,):
-            try:
-                mask = (Image.open(part, formats=FORMATS) if isinstance(part, Path) else part).convert("L")
-            except Exception as error:  # Pillow's parsers raise many types on damaged files
-                raise ValueError(f"A mask of {self.samples[index].image} cannot be read ({error}).") from error
-            if size is not None:
-                mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
-            parts.append(np.asarray(mask) > sample.mask_threshold)
-        mask = np.logical_or.reduce(parts)
-        return mask if mask.any() else None
+        return mask.pixels if size is None else resize_mask(mask.pixels, size)
 
 
 def evenly(count: int, limit: int | None) -> list[int]:
@@ -136,12 +134,6 @@ def list_images(folder: Path) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly in a folder, sorted by name; hidden ones are left out."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def find_mask(folder: Path, stem: str) -> Path | None:
-    """`<stem>_mask` or `<stem>` in a folder of masks, as .png or .bmp, whatever the image's own suffix."""
-    candidates = (folder / f"{stem}{end}{suffix}" for end in ("_mask", "") for suffix in (".png", ".bmp"))
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def pick_categories(source: Path | str, available: list[str], wanted: list[str] | None) -> list[str]:

@@ -10,7 +10,8 @@ Then every fifth good image, in order of names, is a test image like the defects
 
 from pathlib import Path
 
-from .dataset import IMAGE_SUFFIXES, Sample, find_mask, subfolders
+from .dataset import IMAGE_SUFFIXES, Sample, subfolders
+from .masks import find_mask
 
 GOOD_FOLDERS = ("good", "ok", "normal")  # in any case
 # Parts of other layouts, whose test images must not be taken for good ones

@@ -18,7 +18,8 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
 from collections.abc import Callable
 from pathlib import Path
 
-from .dataset import Sample, find_mask, list_images, pick_categories, subfolders, wrong_layout
+from .dataset import Sample, list_images, pick_categories, subfolders, wrong_layout
+from .masks import find_mask
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -62,7 +63,7 @@ def load_categories(
     mask: Callable[[Path, str, Path], Path | tuple[Path, ...] | None],
     test: str = "test",
     good: str = "good",
-    mask_threshold: int = 127,
+    mask_threshold: int | None = None,
 ) -> list[Sample]:
     """Samples of one split of the named categories, by default all.
 

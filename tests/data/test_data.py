@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rad.data import DATASET_FORMATS, AnomalyDataset, Sample, detect_format, load_dataset, load_hub_dataset
+from rad.data import DATASET_FORMATS, AnomalyDataset, detect_format, load_dataset, load_hub_dataset
 
 
 def write_image(path: Path, pixels: np.ndarray | None = None) -> None:
@@ -504,28 +504,3 @@ def test_an_unknown_format_or_split_is_refused(tmp_path):
         load_dataset(tmp_path, "coco")
     with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
         load_dataset(tmp_path, "mvtec", "val")
-
-
-# Masks
-
-
-def test_a_damaged_mask_is_named(mvtec):
-    (mvtec / "bottle" / "ground_truth" / "crack" / "000_mask.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
-    with pytest.raises(ValueError, match=r"A mask of .*crack.000\.png cannot be read"):
-        load_dataset(mvtec, split="test").mask(0)
-
-
-def test_masks_are_resized_by_nearest_neighbour(tmp_path):
-    """Blocks grow to blocks, with no soft edges that would widen them."""
-    mask = np.zeros((6, 8), np.uint8)
-    mask[2:4, 1:3] = 255
-    write_image(tmp_path / "image.png")
-    write_image(tmp_path / "mask.png", mask)
-    dataset = AnomalyDataset([Sample(tmp_path / "image.png", "nut", "crack", tmp_path / "mask.png")])
-    assert np.array_equal(dataset.mask(0, size=(18, 16)), mask.repeat(3, 0).repeat(2, 1) > 0)
-    assert np.array_equal(dataset.mask(0, size=(3, 4)), mask[1::2, 1::2] > 0)
-
-
-def test_the_mask_of_a_good_image_has_the_size_asked_for(tmp_path):
-    write_image(tmp_path / "image.png")
-    assert AnomalyDataset([Sample(tmp_path / "image.png", "nut")]).mask(0, size=(3, 5)).shape == (3, 5)

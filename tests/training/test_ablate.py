@@ -21,9 +21,9 @@ from rad import RADPipeline, RADScheduler
 from rad.data import AnomalyDataset, load_dataset
 from rad.data.drawn import DrawnDefects
 from rad.data.synthetic import write_synthetic
-from rad.evaluation import Truth, read_truths
 from rad.metrics import aupro
 from rad.models.evidence import SCORE_TYPES
+from rad.truths import Truth, read_truths
 
 CATEGORIES = ("brick", "capsule")
 SIZE = 64

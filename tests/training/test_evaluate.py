@@ -23,6 +23,7 @@ from rad import RADPipeline, evaluation
 from rad.data import AnomalyDataset, Sample, load_dataset
 from rad.data.defects import DEFECTS, add_defect
 from rad.data.drawn import DrawnDefects
+from rad.data.masks import resize_mask
 from rad.data.synthetic import write_synthetic
 from rad.evaluation import alpha_sweep, measure_decisions, score_dataset
 from rad.metrics import aupro
@@ -384,9 +385,6 @@ def test_metrics_of_images_some_of_whose_masks_are_not_known():
     assert found["aupro"] == pytest.approx(aupro(maps[known], truth))
     assert set(evaluation.measure(truths, scores)) == {"image_auroc", "image_ap", "image_f1_max"}
     assert evaluation.measure([truths[0], truths[3]], scores[:2], maps[:2]) == {}
-    evaluation.check_truths(truths, "images")
-    with pytest.raises(ValueError, match="The 3 parts have no good image or no known mask of category 'a'"):
-        evaluation.check_truths([truths[0], truths[2], truths[3]], "parts")
 
 
 def test_drawn_defects_stand_beside_the_good_images_that_they_are_drawn_on(data_dir):
@@ -401,8 +399,7 @@ def test_drawn_defects_stand_beside_the_good_images_that_they_are_drawn_on(data_
         found = drawn[2 * position + 1]
         assert np.array_equal(np.asarray(found.image), bad) and found.category == "brick"
         assert np.array_equal(drawn.mask(2 * position + 1), mask)
-        small = np.asarray(Image.fromarray(mask).resize((32, 48), Image.Resampling.NEAREST))
-        assert np.array_equal(drawn.mask(2 * position + 1, (48, 32)), small)
+        assert np.array_equal(drawn.mask(2 * position + 1, (48, 32)), resize_mask(mask, (48, 32)))
 
 
 def test_the_report_claims_no_rarer_p_value_than_the_good_images_bear_out(whole, model, data_dir):

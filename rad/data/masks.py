@@ -1,0 +1,250 @@
+"""Masks of defects: found beside an image whatever they are called, read whatever they are encoded in, and resized.
+
+What marks a defect is told by the values that a mask holds, never by how much of the image they cover:
+
+- black (0) is good; of two values the brighter one is defect, 0/1 and 0/255 alike;
+- few values, small whole numbers and greys in solid areas are kinds of defect; other greys are edges, and defect above
+  the middle;
+- in a palette black is good, else index 0; colours are defects on black or on white;
+- where some of the mask is transparent and the rest of one kind, what is not transparent is defect.
+
+What fits none of these is refused, with what was found.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from scipy.ndimage import maximum_filter, minimum_filter
+
+from ..image_reader import FORMATS, MAX_SIDE
+
+# Lossless formats first: of two masks of one name, the one that no compression has touched
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".gif", ".webp", ".jpg", ".jpeg")
+MASK_WORDS = ("mask", "gt", "label", "groundtruth", "ground_truth", "masks", "labels", "truth", "seg", "segmentation")
+MASK_WORDS += ("annotation", "anno", "defect")
+NUM_KINDS = 31  # a mask of whole numbers up to here holds kinds of defect, not greys
+INVERTED_SHARE = 0.5  # masks that cover more may be inverted
+NOISE = 16  # 8-bit greys that compression may leave in black areas
+
+MaskSource = Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask as it was read.
+
+    Attributes:
+        pixels: Bool [H, W], true on defects.
+        rules: What marks a defect in it; nothing for white on black.
+    """
+
+    pixels: np.ndarray
+    rules: tuple[str, ...] = ()
+
+
+def find_mask(folder: Path, stem: str) -> Path | None:
+    """The mask of an image in a folder of masks, whatever the image's own suffix and the case of letters.
+
+    It bears the image's name, alone or with one of `MASK_WORDS` behind or before it: `000_mask.png`, `000-GT.tif`,
+    `mask_000.jpg`. Of several the one with a word goes first, and then in the order of `MASK_WORDS` and
+    `MASK_SUFFIXES`.
+    """
+    if not folder.is_dir():
+        return None
+    # What stands before and behind the image's name, best first
+    around = [("", f"{mark}{word}") for word in MASK_WORDS for mark in "_-. "]
+    around += [(f"{word}{mark}", "") for word in MASK_WORDS for mark in "_-. "] + [("", "")]
+    ranks = {f"{a}{stem}{b}{suffix}".lower(): (a, b) for a, b in around for suffix in MASK_SUFFIXES}
+    order = {name: rank for rank, name in enumerate(ranks)}
+
+    def rank(name: str) -> tuple:
+        before, _ = ranks[name.lower()]
+        return name[len(before) :][: len(stem)] != stem, order[name.lower()], name  # "a" and "A" may be two images
+
+    found = sorted((name for name in os.listdir(folder) if name.lower() in ranks), key=rank)
+    return next((folder / name for name in found if (folder / name).is_file()), None)
+
+
+def read_mask(
+    source: MaskSource | tuple[MaskSource, ...],
+    image: MaskSource | np.ndarray,
+    threshold: float | None = None,
+    name: object = None,
+) -> Mask:
+    """A mask, or several of which each marks a part.
+
+    Args:
+        image: That it belongs to, for its size.
+        threshold: Values above it are defect, in the file's own units; by default they are told by what is there.
+        name: What errors call the image; by default its path.
+
+    Raises:
+        ValueError: It cannot be read, its shape is not its image's, or its values do not tell what is defect; in one
+            sentence, which names both.
+    """
+    parts, (height, width), name = [], upright_size(image), image if name is None else name
+    for part in source if isinstance(source, tuple) else (source,):
+        called = f"The mask {part.name} of {name}" if isinstance(part, Path) else f"The mask of {name}"
+        try:
+            with Image.open(part, formats=FORMATS) if isinstance(part, Path) else nullcontext(part) as mask:
+                if max(mask.size) > MAX_SIDE or getattr(mask, "n_frames", 1) > 1:
+                    raise ValueError(f"{mask.width} x {mask.height} pixels, {getattr(mask, 'n_frames', 1)} pages")
+                lossy, is_cut = mask.format in ("JPEG", "MPO"), _is_cut(mask)
+                mask = ImageOps.exif_transpose(mask)
+        except Exception as error:  # Pillow's parsers raise many types on damaged files
+            raise ValueError(f"{called} cannot be read ({error}).") from error
+        if abs(mask.width * height - mask.height * width) > max(height, width, *mask.size):  # a pixel of rounding
+            raise ValueError(
+                f"{called} has {mask.width} x {mask.height} pixels, the image {width} x {height}: they must be of one "
+                "shape."
+            )
+        try:
+            levels, rules = _levels(mask)
+            pixels, more = (levels > threshold, ()) if threshold is not None else _defects(levels, lossy)
+            if is_cut and not pixels.any():
+                raise ValueError("has 16 bits a colour, of which the upper 8 are read, and these are all 0")
+        except ValueError as error:
+            expected = "expected 0 for good, and for defects one other value or one a kind"
+            raise ValueError(f"{called} {error}: {expected}.") from error
+        parts.append(Mask(pixels, (*rules, *more)))
+    if len(parts) == 1:
+        return parts[0]
+    largest = max((part.pixels.shape for part in parts), key=np.prod)
+    united = np.logical_or.reduce([resize_mask(part.pixels, largest) for part in parts])
+    return Mask(united, tuple(dict.fromkeys(rule for part in parts for rule in part.rules)))
+
+
+def upright_size(image: MaskSource | np.ndarray) -> tuple[int, int]:
+    """Height and width of an image as it is looked at; of a file from its header.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
+    try:
+        if isinstance(image, Path):
+            with Image.open(image, formats=FORMATS) as opened:
+                return upright_size(opened)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as error:  # Pillow's parsers raise many types on damaged files
+        raise ValueError(f"{image} cannot be read ({error}).") from error
+    return image.size if turned else image.size[::-1]
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A bool mask [H, W] at `size` = (height, width): where it shrinks, a pixel is defect if any part of it is, so
+    that no defect vanishes however thin; where it grows, by nearest neighbour."""
+    for axis, length in enumerate(size):
+        own = mask.shape[axis]
+        places = np.arange(length)
+        if length >= own:
+            mask = mask.take((2 * places + 1) * own // (2 * length), axis)
+            continue
+        # How many defect pixels there are before each row that a new one starts or ends in
+        before = np.concatenate([np.zeros_like(mask.take([0], axis), np.int32), np.cumsum(mask, axis, np.int32)], axis)
+        first, end = places * own // length, -(-(places + 1) * own // length)
+        mask = before.take(end, axis) > before.take(first, axis)
+    return mask
+
+
+def _is_cut(image: Image.Image) -> bool:
+    """Whether Pillow drops the lower 8 of 16 bits a colour."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return image.mode not in ("L", "F", "I") and not image.mode.startswith("I;16") and "16" in str(args)
+
+
+def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+    """One channel [H, W], 0 where the image is good, and what it is if not grey."""
+    if image.mode in ("1", "L", "F", "I") or image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        return (levels * np.uint8(255) if image.mode == "1" else levels), ()
+    if image.mode == "P" and "transparency" not in image.info:
+        found = _from_palette(image)
+        if found:
+            return found
+    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
+        pixels = np.asarray(image.convert("RGBA"))
+        colours, opacity = pixels[..., :3], pixels[..., 3]
+        if opacity.min() < opacity.max():
+            dark = colours[opacity > 0].max(-1) <= NOISE
+            if dark.all() or not dark.any():
+                return opacity, ("what is not transparent is defect",)
+            colours = (colours * (opacity[..., None] / 255)).round().astype(np.uint8)  # over black
+    elif image.mode in ("RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
+        colours = np.asarray(image.convert("RGB"))
+    else:
+        raise ValueError(f"is of mode {image.mode}")
+    brightest, darkest = colours.max(-1), colours.min(-1)
+    if (brightest - darkest).max() <= NOISE:
+        return brightest, ()
+    if brightest.min() <= NOISE:
+        return brightest, ("colours on black are defects",)
+    if darkest.max() >= 255 - NOISE:
+        return 255 - darkest, ("colours on white are defects",)
+    shown, counts = np.unique(colours.reshape(-1, 3), axis=0, return_counts=True)
+    names = [str(tuple(shown[i].tolist())) for i in np.argsort(-counts)[:2]]
+    raise ValueError(f"has the colours {' and '.join(names)}{' and more' if len(shown) > 2 else ''}, but no black")
+
+
+def _from_palette(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]] | None:
+    """Of a mask with a palette; None where it is to be read by its colours."""
+    indices = np.asarray(image)
+    palette = np.zeros((256, 3), np.uint8)
+    given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette[: len(given)] = given
+    used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
+    colours = palette[used]
+    is_black, is_white = (colours == 0).all(-1), (colours == 255).all(-1)
+    by_index = (indices > 0).astype(np.uint8), ("every index of the palette but 0 is defect",)
+    if len(used) > 1 and len(np.unique(colours, axis=0)) < len(used) and used[0] == 0:
+        return by_index
+    if (colours.max(-1) == colours.min(-1)).all() and is_black.any():
+        return palette[:, 0][indices], ()
+    if is_black.any() and len(used) <= NUM_KINDS:
+        return palette.any(-1)[indices].astype(np.uint8), ("colours of the palette but black are defects",)
+    if used[0] == 0 and not is_black.any():
+        if is_white.any() and (len(used) == 1 or not is_white[0]):
+            raise ValueError("has a palette whose index 0 is not black, and white beside it or alone")
+        return by_index
+    return None
+
+
+def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which values of one channel [H, W] are defects, and the rule."""
+    if levels.dtype.kind == "f" and not np.isfinite(levels).all():
+        raise ValueError("has NaN or infinite values")
+    values = np.flatnonzero(np.bincount(levels.ravel())) if levels.dtype.itemsize < 4 else np.unique(levels)
+    low, high = values[0].item(), values[-1].item()
+    is_whole = levels.dtype.kind != "f" or bool((values == values.round()).all())
+    if low < 0:
+        raise ValueError(f"has negative values, down to {low:g}")
+    if low == high:
+        if high not in (0, 1, 255, 65535):
+            raise ValueError(f"is {high:g} everywhere")
+        return levels > 0, ()
+    if low > high / 8:
+        raise ValueError(f"has no background, its values go from {low:g} to {high:g}")
+    if lossy and high <= NUM_KINDS:
+        raise ValueError(f"is a JPEG of values up to {high:g}, which its compression does not keep apart")
+    if len(values) == 2:
+        return levels > low, () if high == 255 else ("the larger of two values is defect",)
+    if is_whole and (high <= NUM_KINDS or len(values) <= 4 and low == 0 and not lossy):
+        return levels > 0, ("each value but 0 is a kind of defect",)
+
+    # Greys: edges have many, each in few places; kinds of defect have areas
+    scale = next((s for s in (1, 255, 65535) if high <= s and (s > 1 or not is_whole)), high)
+    middle = scale / 2 if high > scale / 2 else high / 2
+    solid, lit = maximum_filter(levels, 3) == minimum_filter(levels, 3), levels > high / 8
+    between = np.count_nonzero(lit & ~solid & (levels < high * 7 / 8))
+    if len(values) > NUM_KINDS and between > max(0.05 * levels.size, 0.75 * np.count_nonzero(lit)):
+        raise ValueError(f"has {len(values)} different values, as a photograph")
+    noise = high * NOISE / 255 if len(values) > NUM_KINDS else 0
+    faint = levels[solid & (levels > noise) & (levels <= middle)]
+    if faint.size and not lossy:
+        return levels > faint.min() / 2, ("greys in solid areas are kinds of defect",)
+    return levels > middle, () if middle == 127.5 else ("values above the middle are defect",)
