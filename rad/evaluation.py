@@ -39,8 +39,6 @@ SOURCE = Path(__file__).parent
 PRESENTATION = ("__main__.py", "hub.py", "model_card.py", "report.py", "visualization.py")
 
 
-
-
 # -- one file for each image ------------------------------------------------------------------------------------------
 
 

@@ -233,13 +233,15 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
         raise ValueError(f"is a JPEG of values up to {high:g}, which its compression does not keep apart")
     if len(values) == 2:
         return levels > low, () if high == 255 else ("the larger of two values is defect",)
-    if is_whole and (high <= NUM_KINDS or len(values) <= 4 and low == 0 and not lossy):
+    solid = maximum_filter(levels, 3) == minimum_filter(levels, 3)
+    has_areas = len(values) <= 4 and set(values[1:]) <= set(np.unique(levels[solid]))
+    if is_whole and (high <= NUM_KINDS or has_areas and low == 0 and not lossy):
         return levels > 0, ("each value but 0 is a kind of defect",)
 
     # Greys: edges have many, each in few places; kinds of defect have areas
     scale = next((s for s in (1, 255, 65535) if high <= s and (s > 1 or not is_whole)), high)
     middle = scale / 2 if high > scale / 2 else high / 2
-    solid, lit = maximum_filter(levels, 3) == minimum_filter(levels, 3), levels > high / 8
+    lit = levels > high / 8
     between = np.count_nonzero(lit & ~solid & (levels < high * 7 / 8))
     if len(values) > NUM_KINDS and between > max(0.05 * levels.size, 0.75 * np.count_nonzero(lit)):
         raise ValueError(f"has {len(values)} different values, as a photograph")
