@@ -5,7 +5,7 @@ Needs torch, NumPy and Pillow; 16-bit colour needs tifffile and imagecodecs, HEI
 
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ImageInput = Image.Image | str | Path | bytes | BinaryIO | np.ndarray | torch.Tensor
-PipelineImageInput = ImageInput | Sequence[ImageInput]
+PipelineImageInput = ImageInput | Iterable[ImageInput]
 
 # Raster formats only: no EPS, which would start an interpreter.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")

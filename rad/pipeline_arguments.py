@@ -1,29 +1,97 @@
-"""What the pipeline accepts: one clear sentence for each bad argument."""
+"""What the pipeline accepts, of Python, NumPy and torch alike: one clear sentence for each bad argument."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from .image_reader import ImageInput, PipelineImageInput
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import check_rate
 from .models.normality import NormalityModel
 
+# -- images and numbers -----------------------------------------------------------------------------------------------
+
 
 def as_list(images: PipelineImageInput | None) -> list[ImageInput]:
-    """One image, several or none as a list."""
-    if images is None:
+    """One image, several or none as a list.
+
+    Args:
+        images: What `image_reader.read` takes; or several of them in a list, a tuple, an iterator or a column of a
+            data set, an array [B, H, W, C] or a tensor [B, C, H, W].
+    """
+    found: Any = images
+    if found is None:
         return []
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    if isinstance(found, np.ndarray | torch.Tensor):
+        several = found.ndim == 4 or (isinstance(found, np.ndarray) and found.dtype.kind in "OU")
+    else:
+        one = str, bytes, bytearray, memoryview, Mapping, Set  # the last two are no images, and are named as such
+        several = isinstance(found, Iterable) and not isinstance(found, one) and not hasattr(found, "read")
+    return [_again(image) for image in found] if several else [_again(found)]
 
 
-def check_images(images: PipelineImageInput, batch_size: int) -> list[ImageInput]:
-    """One image or several as a list; raises ValueError if there is none or nothing fits in a batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    found = [images] if images is None else as_list(images)  # None is a bad image, named as such
-    if not found:
-        raise ValueError("The list of images is empty: give at least one image.")
-    return found
+def _again(image: Any) -> ImageInput:
+    """An image that can be read more than once, of a type that `image_reader.read` knows."""
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, os.PathLike):
+        return Path(image)
+    if hasattr(image, "read") and not (hasattr(image, "seekable") and image.seekable()):
+        return image.read()  # a pipe or a download
+    return image
+
+
+def as_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """An integer of Python, NumPy or torch, or an array or tensor of one; raises ValueError for all else."""
+    number = _index(value)
+    if number is None or number < least or (most is not None and number > most):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {span}, got {value!r}.")
+    return number
+
+
+def as_integers(values: Any, name: str, least: int) -> list[int]:
+    """Likewise of one or several of them, in a list, range, array or tensor."""
+    values = values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    return [as_integer(value, name, least) for value in (values if several else [values])]
+
+
+def as_seed(seed: Any, generator: Any = None) -> int | None:
+    """The seed of the noise as an int; None where neither is given.
+
+    Args:
+        seed: An integer that torch takes as a seed.
+        generator: A `torch.Generator`, as in diffusers: the seed that it was made with is taken, whatever it has drawn
+            since, and it is left as it is.
+
+    Raises:
+        ValueError: Both are given, or are something else.
+    """
+    if generator is None:
+        return None if seed is None else as_integer(seed, "seed", -(2**63), 2**64 - 1)
+    if seed is not None:
+        raise ValueError("Give a seed or a generator, not both.")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator must be one torch.Generator, whose seed is that of all images, not {type(generator).__name__}."
+        )
+    return generator.initial_seed()
+
+
+def _index(value: Any) -> int | None:
+    """An integer as an int; None for anything else, truth values too."""
+    if "bool" in str(getattr(value, "dtype", type(value))):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # torch's tensors raise both
+        return None
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -31,15 +99,33 @@ def batches(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_images(images: PipelineImageInput, batch_size: Any) -> tuple[list[ImageInput], int]:
+    """One image or several as a list, and how many to look at together; raises ValueError if there is none."""
+    found = [images] if images is None else as_list(images)  # None is a bad image, named as such
+    if not found:
+        raise ValueError("The list of images is empty: give at least one image.")
+    return found, as_integer(batch_size, "batch_size", 1)
+
+
+def check_output_type(output_type: Any) -> None:
+    """Raises ValueError unless results can be given so."""
+    if output_type not in ("np", "pt", "pil"):
+        raise ValueError(f"output_type must be 'np', 'pt' or 'pil', got {output_type!r}.")
+
+
 def check_scoring(
     mode: str,
     score_type: str,
     normality: NormalityModel | None,
-    false_alarm_rate: float,
+    false_alarm_rate: Any,
     output_type: str,
-    map_size: tuple[int, int] | None,
-) -> None:
-    """Raises ValueError unless images can be scored so, with these statistics of good images."""
+    map_size: Any,
+) -> tuple[float, tuple[int, int] | None]:
+    """The rate and the size of maps; raises ValueError unless images can be scored so, with these statistics of good
+    images."""
     if mode not in ("calibrated", "paper"):
         raise ValueError(f"mode must be 'calibrated' or 'paper', got {mode!r}.")
     accepted: Sequence[str] = [name for name, score in SCORE_TYPES.items() if score.in_paper]
@@ -49,19 +135,19 @@ def check_scoring(
         accepted = normality.score_types
     if score_type not in accepted:
         raise ValueError(f"score_type must be one of {', '.join(accepted)} in {mode} mode, got {score_type!r}.")
-    check_rate(false_alarm_rate)
-    if output_type not in ("np", "pt"):
-        raise ValueError(f"output_type must be 'np' or 'pt', got {output_type!r}.")
-    if map_size is not None and (len(map_size) != 2 or min(map_size) < 1):
-        raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
+    check_output_type(output_type)
+    if output_type == "pil" and mode == "paper":
+        raise ValueError("output_type='pil' draws maps in good images' range, and paper mode knows none: use 'np'.")
+    if map_size is not None:
+        sides = as_integers(map_size, "Each side of map_size", 1)
+        if len(sides) != 2:
+            raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
+        map_size = sides[0], sides[1]
+    return check_rate(false_alarm_rate), map_size
 
 
 def check_noise(
-    timesteps: Sequence[int] | None,
-    draws: int | None,
-    seed: int | None,
-    fitted: Mapping[str, Any],
-    calibrated: bool,
+    timesteps: Any, draws: Any, seed: Any, fitted: Mapping[str, Any], calibrated: bool
 ) -> tuple[list[int], int, int]:
     """Timesteps, number of draws and seed, by default as `fitted` says.
 
@@ -70,15 +156,13 @@ def check_noise(
     """
     fitted = {"seed": 0, **fitted, "timesteps": list(fitted["timesteps"])}
     given = {
-        "timesteps": None if timesteps is None else list(timesteps),
-        "num_noise_samples": draws,
-        "seed": seed,
+        "timesteps": None if timesteps is None else as_integers(timesteps, "Each of the timesteps", 0),
+        "num_noise_samples": None if draws is None else as_integer(draws, "num_noise_samples", 1),
+        "seed": as_seed(seed),
     }
     chosen: dict[str, Any] = {name: fitted[name] if value is None else value for name, value in given.items()}
     if not chosen["timesteps"]:
         raise ValueError("The list of timesteps is empty: give at least one.")
-    if chosen["num_noise_samples"] < 1:
-        raise ValueError(f"num_noise_samples must be at least 1, got {draws}.")
     for name, value in chosen.items():
         if calibrated and value != fitted[name]:
             raise ValueError(
@@ -89,27 +173,21 @@ def check_noise(
 
 
 def check_restoration(
-    normality: NormalityModel | None,
-    num_steps: int,
-    step_size: float,
-    denoise_every: int,
-    anneal: float,
-    pixel_rate: float,
-) -> None:
-    """Raises ValueError unless images can be moved towards good ones so."""
+    normality: NormalityModel | None, num_steps: Any, step_size: Any, denoise_every: Any, anneal: Any, pixel_rate: Any
+) -> tuple[int, float, int, float, float]:
+    """The five numbers; raises ValueError unless images can be moved towards good ones so."""
     if normality is None:
         raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
-    if num_steps < 1 or denoise_every < 1 or not 0 < step_size < 1 or not 0 < anneal <= 1:
-        raise ValueError(
-            "num_steps and denoise_every must be at least 1 and step_size and anneal between 0 and 1, "
-            f"got {num_steps}, {denoise_every}, {step_size} and {anneal}."
-        )
-    check_rate(pixel_rate, "pixel_rate")
+    return (
+        as_integer(num_steps, "num_steps", 1),
+        check_rate(step_size, "step_size"),
+        as_integer(denoise_every, "denoise_every", 1),
+        1.0 if anneal == 1 else check_rate(anneal, "anneal"),
+        check_rate(pixel_rate, "pixel_rate"),
+    )
 
 
-def check_labels(
-    class_labels: str | int | Sequence[str | int] | None, count: int, categories: Sequence[str]
-) -> list[str | None]:
+def check_labels(class_labels: Any, count: int, categories: Sequence[str]) -> list[str | None]:
     """The category of each of `count` images by name, from names or numbers; None where it is to be found out.
 
     Raises:
@@ -117,13 +195,17 @@ def check_labels(
     """
     if class_labels is None:
         return [None] * count
-    labels = [class_labels] * count if isinstance(class_labels, str | int) else list(class_labels)
+    if isinstance(class_labels, np.ndarray | np.generic | torch.Tensor):
+        class_labels = class_labels.tolist()
+    one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
+    labels = [class_labels] * count if one else list(class_labels)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} class_labels were given for {count} images.")
     names: list[str | None] = []
     for label in labels:
-        if isinstance(label, int) and 0 <= label < len(categories):
-            names.append(categories[label])
+        number = _index(label)
+        if number is not None and 0 <= number < len(categories):
+            names.append(categories[number])
         elif isinstance(label, str) and label in categories:
             names.append(label)
         else:
@@ -134,18 +216,26 @@ def check_labels(
 def check_categories(
     images: Sequence[ImageInput],
     holdout_images: Sequence[ImageInput],
-    categories: Sequence[str] | None,
-    holdout_categories: Sequence[str] | None,
+    categories: Any,
+    holdout_categories: Any,
 ) -> list[str]:
     """The category of each image and then of each held out; "object" where none are given.
 
+    Args:
+        categories, holdout_categories: Names, or one name for all.
+
     Raises:
-        ValueError: There is another number of them than of images.
+        ValueError: There is another number of them than of images, or one is no name.
     """
-    if not categories and not holdout_categories:
+    if categories is None and holdout_categories is None:
         return ["object"] * (len(images) + len(holdout_images))
-    categories, holdout_categories = list(categories or []), list(holdout_categories or [])
+    names: list[str] = []
     for kind, given, of in (("", categories, images), ("holdout_", holdout_categories, holdout_images)):
-        if len(given) != len(of):
-            raise ValueError(f"{len(given)} {kind}categories were given for {len(of)} {kind}images.")
-    return categories + holdout_categories
+        several = [given] * len(of) if isinstance(given, str) else [] if given is None else list(given)
+        if len(several) != len(of):
+            raise ValueError(f"{len(several)} {kind}categories were given for {len(of)} {kind}images.")
+        wrong = [name for name in several if not isinstance(name, str)]
+        if wrong:
+            raise ValueError(f"Each of {kind}categories must be a name, got {wrong[0]!r}.")
+        names += (str(name) for name in several)
+    return names

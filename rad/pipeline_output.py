@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy import ndimage
 
 # One value for each image: an array [B, ...], or a list of B arrays where sizes differ; tensors on request
 Stack = np.ndarray | list[np.ndarray] | torch.Tensor | list[torch.Tensor]
+Pictures = list[Image.Image] | Stack
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class RADPipelineOutput(BaseOutput):
         false_alarm_interval: Its interval; None in paper mode.
     """
 
-    anomaly_map: Stack
+    anomaly_map: Pictures
     score: np.ndarray | torch.Tensor
     maps: dict[str, Stack]
     scores: dict[str, np.ndarray | torch.Tensor]
     category: list[str] | None = None
     p_value: np.ndarray | torch.Tensor | None = None
     is_anomalous: np.ndarray | torch.Tensor | None = None
-    mask: Stack | None = None
+    mask: Pictures | None = None
     regions: list[list[AnomalyRegion]] | None = None
     threshold: float | None = None
     false_alarm_interval: tuple[float, float] | None = None
@@ -88,7 +89,8 @@ class RADPipelineOutput(BaseOutput):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._decider: Callable[..., Decision] | None = None  # no field, since it is no result
+        self._decider: Callable[..., Decision] | None = None  # no fields, since they are no results
+        self._score_type = ""
 
     @classmethod
     def of(
@@ -114,7 +116,7 @@ class RADPipelineOutput(BaseOutput):
         stacked = {name: stack_maps(values) for name, values in maps.items()}
         known = None if None in category else category
         output = cls(stacked[score_type], scores[score_type], stacked, scores, known, **decided)
-        output._decider = decider
+        output._decider, output._score_type = decider, score_type
         return output
 
     def decide(self, false_alarm_rate: float) -> Decision:
@@ -125,12 +127,21 @@ class RADPipelineOutput(BaseOutput):
         """
         if self._decider is None:
             raise ValueError("Scores of paper mode know no false-alarm rate: use mode='calibrated'.")
-        return self._decider([np.asarray(m) for m in self.anomaly_map], np.asarray(self.score), false_alarm_rate)
+        maps = [np.asarray(m) for m in self.maps[self._score_type]]
+        return self._decider(maps, np.asarray(self.score), false_alarm_rate)
 
     def to_tensors(self) -> "RADPipelineOutput":
         """The same with tensors in place of arrays."""
-        output = type(self)(**{name: _to_tensors(value) for name, value in self.items()})
-        output._decider = self._decider
+        return self._with(**{name: _to_tensors(value) for name, value in self.items()})
+
+    def to_pictures(self, heat: list[Image.Image]) -> "RADPipelineOutput":
+        """The same with pictures in place of the anomaly map, one of each image, and of masks, of 0 and 255."""
+        masks: Any = self.mask
+        return self._with(anomaly_map=heat, mask=[Image.fromarray(np.uint8(255) * mask) for mask in masks])
+
+    def _with(self, **fields: Any) -> "RADPipelineOutput":
+        output = replace(self, **fields)
+        output._decider, output._score_type = self._decider, self._score_type
         return output
 
     def _map(self, name: str) -> Stack | None:
@@ -161,8 +172,8 @@ class RADDenoisingOutput(BaseOutput):
 
     timesteps: list[int]
     noise_levels: np.ndarray
-    x_t: list[Image.Image]
-    x0_hat: list[Image.Image]
+    x_t: Pictures
+    x0_hat: Pictures
     pixel_map: np.ndarray
     feature_map: np.ndarray
     rgb_map: np.ndarray
@@ -179,8 +190,8 @@ class RADRestorationOutput(BaseOutput):
             deviation: 0 is a typical good image.
     """
 
-    images: list[Image.Image]
-    intermediates: list[list[Image.Image]]
+    images: Pictures
+    intermediates: list[Pictures]
     distances: list[np.ndarray]
 
 
@@ -200,6 +211,16 @@ def find_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[AnomalyRegio
 def stack_maps(maps: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     """[B, H, W] of maps [H, W] of one size; the list as it is where sizes differ."""
     return np.stack(maps) if len({m.shape for m in maps}) == 1 else list(maps)
+
+
+def pictures_as(pictures: list[Image.Image], output_type: str) -> Pictures:
+    """RGB pictures as they are ("pil"), or float32 in [0, 1] as arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W]
+    ("pt"), in a list where sizes differ."""
+    if output_type == "pil":
+        return pictures
+    arrays = [np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]
+    stacked = stack_maps([a.transpose(2, 0, 1) for a in arrays] if output_type == "pt" else arrays)
+    return _to_tensors(stacked) if output_type == "pt" else stacked
 
 
 def _to_tensors(value: Any) -> Any:

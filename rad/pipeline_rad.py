@@ -10,32 +10,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_processor import RADImageProcessor, check_pixel_range, find_pixel_range, paste, resize_map, to_pil
-from .image_reader import ImageInput, PipelineImageInput, decode, peak
+from .image_processor import RADImageProcessor, check_pixel_range, find_pixel_range, overlay, resize_map, to_pil
+from .image_reader import PipelineImageInput, decode, peak
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
 from .models.feature_extractor import RADFeatureExtractor
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .pipeline_arguments import (
+    as_integer,
     as_list,
+    as_seed,
     batches,
     check_categories,
     check_images,
     check_labels,
     check_noise,
-    check_restoration,
+    check_output_type,
     check_scoring,
 )
 from .pipeline_loading import RADLoaderMixin
-from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, RADRestorationOutput
+from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
+from .pipeline_restoration import RADRestorationMixin
 from .scheduler_rad import RADScheduler, antithetic_noise
 
 if TYPE_CHECKING:
     import accelerate  # not a plain import line: diffusers demands what those in a repository's code name
 
 
-class RADPipeline(RADLoaderMixin):
+class RADPipeline(RADLoaderMixin, RADRestorationMixin):
     """Anomaly localisation with a diffusion model trained on good images.
 
     Args:
@@ -61,6 +64,9 @@ class RADPipeline(RADLoaderMixin):
         num_noise_samples: int = 1,
     ) -> None:
         super().__init__()
+        for part in (feature_extractor, normality, discriminator):  # diffusers alone loads all in one type
+            if part is not None:
+                part.float()
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -68,7 +74,10 @@ class RADPipeline(RADLoaderMixin):
             normality=normality,
             discriminator=discriminator,
         )
-        self.register_to_config(resolution=resolution, num_noise_samples=num_noise_samples)
+        self.register_to_config(
+            resolution=as_integer(resolution, "resolution", 1),
+            num_noise_samples=as_integer(num_noise_samples, "num_noise_samples", 1),
+        )
         if normality is not None and normality.config.num_noise_samples is None:  # saved before it was stored
             normality.register_to_config(num_noise_samples=num_noise_samples)
 
@@ -95,13 +104,14 @@ class RADPipeline(RADLoaderMixin):
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
         image: PipelineImageInput,
-        timesteps: list[int] | None = None,
+        timesteps: Sequence[int] | None = None,
         num_noise_samples: int | None = None,
-        class_labels: str | int | list[str | int] | None = None,
+        class_labels: str | int | Sequence[str | int] | None = None,
         mode: str = "calibrated",
         score_type: str = FUSED,
         false_alarm_rate: float = 0.01,
@@ -109,13 +119,16 @@ class RADPipeline(RADLoaderMixin):
         batch_size: int = 4,
         output_type: str = "np",
         map_size: tuple[int, int] | None = None,
-    ) -> RADPipelineOutput:
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> RADPipelineOutput | tuple[Any, ...]:
         """Scores images: noise them, denoise one step, compare with the true posterior and with good images.
 
         An image's numbers depend on the image and the seed alone, not on its batch or its place in it.
 
         Args:
-            image: One image or a list; see `image_reader.read` for what is accepted.
+            image: One image (see `image_reader.read` for what is accepted); or several in a list, a tuple, an iterator
+                or a column of a data set, an array [B, H, W, C] or a tensor [B, C, H, W].
             timesteps: Steps of the full chain on the respaced one; by default those of the normality model, or RAN's
                 20, 201, 401. Calibrated scores are fitted to theirs, and so to the next two: others are refused.
             num_noise_samples: Noise draws at each timestep, antithetic pairs from two on; by default as fitted, or the
@@ -129,17 +142,23 @@ class RADPipeline(RADLoaderMixin):
                 of what the prediction of features leaves), "mahalanobis" (of the features), "discriminator" or "rgb".
             false_alarm_rate: Share of good images that may be called anomalous.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
-            output_type: "np" for NumPy arrays, "pt" for CPU tensors.
+            output_type: "np" for NumPy arrays, "pt" for CPU tensors, "pil" for pictures: heat over each image in the
+                place of `anomaly_map`, and masks of 0 and 255; all else is as with "np".
             map_size: Height and width of maps, masks and regions; by default each image's own. At the normality
                 model's `map_size` maps are as they were computed; `image_processor.resize_map` takes them on later.
+            generator: In the place of `seed`, as in diffusers: the seed it was made with counts, its state does not.
+            return_dict: False for a tuple of the output's fields that are not None, in their order.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
         """
         # 0. Check inputs
-        check_scoring(mode, score_type, self.normality, false_alarm_rate, output_type, map_size)
+        false_alarm_rate, map_size = check_scoring(
+            mode, score_type, self.normality, false_alarm_rate, output_type, map_size
+        )
+        seed = as_seed(seed, generator)
         noise = self._noise(timesteps, num_noise_samples, seed, calibrated=mode == "calibrated")
-        images = check_images(image, batch_size)
+        images, batch_size = check_images(image, batch_size)
         labels = check_labels(class_labels, len(images), self.categories)
 
         maps: dict[str, list[np.ndarray]] = {}
@@ -168,8 +187,16 @@ class RADPipeline(RADLoaderMixin):
         of_all = {name: torch.cat(values).numpy() for name, values in scores.items()}
         decider = self.normality.decider(score_type) if mode == "calibrated" else None
         output = RADPipelineOutput.of(maps, of_all, score_type, categories, decider, false_alarm_rate)
-        return output.to_tensors() if output_type == "pt" else output
+        if output_type == "pt":
+            output = output.to_tensors()
+        elif output_type == "pil":
+            pixel_range, heat_range = self.image_processor.pixel_range, self.normality.heat_range(score_type)
+            pairs = zip(images, maps[score_type], strict=True)
+            heat = [overlay(decode(one, pixel_range).resize(m.shape[::-1]), m, *heat_range) for one, m in pairs]
+            output = output.to_pictures(heat)
+        return output if return_dict else output.to_tuple()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def measure(
         self,
@@ -188,10 +215,16 @@ class RADPipeline(RADLoaderMixin):
             timesteps, draws, seed: As in scoring, with the same defaults; nothing is refused here.
 
         Raises:
-            ValueError: There are no draws or timesteps, or a timestep is not on the respaced chain.
+            ValueError: There are no draws or timesteps, a timestep is not on the respaced chain, or the U-Net is in
+                float16 on the CPU.
         """
         timesteps, draws, seed = self._noise(timesteps, draws, seed)
-        x_0 = x_0.to(self._execution_device, self.unet.dtype)
+        if self.unet.dtype == torch.float16 and self._execution_device.type == "cpu":
+            raise ValueError(
+                "float16 takes many times as long as float32 on the CPU: use pipe.to(torch.bfloat16) or "
+                "pipe.to(torch.float32), or a GPU with pipe.to('cuda')."
+            )
+        x_0 = x_0.to(self._execution_device, torch.float32)
 
         # 1. What the frozen networks say
         stages = self.feature_extractor.stages(x_0)
@@ -214,7 +247,7 @@ class RADPipeline(RADLoaderMixin):
             unet_labels = unet_labels.repeat_interleave(len(timesteps) * draws)
         x_0 = x_0.repeat_interleave(len(timesteps) * draws, dim=0)
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        output = self.unet(x_t, t, unet_labels)
+        output = self.unet(x_t.to(self.unet.dtype), t, unet_labels)
 
         # 3. Compare with the images and their features
         kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
@@ -236,14 +269,18 @@ class RADPipeline(RADLoaderMixin):
             categories=categories,
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def denoise(
         self,
-        image: ImageInput,
-        timesteps: list[int] | None = None,
+        image: PipelineImageInput,
+        timesteps: Sequence[int] | None = None,
         class_labels: str | int | None = None,
         seed: int | None = None,
-    ) -> RADDenoisingOutput:
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> RADDenoisingOutput | tuple[Any, ...]:
         """The intermediate denoising step of one image made visible: what scores are computed from.
 
         Args:
@@ -251,39 +288,47 @@ class RADPipeline(RADLoaderMixin):
             timesteps: Steps of the full chain; by default those of scoring.
             class_labels: Category of the image, by name or number; by default the one it resembles most.
             seed: Of the noise, by default that of scoring.
+            generator: In its place, as in scoring.
+            output_type: Of the pictures: "pil", "np" for float32 [T, S, S, 3] in [0, 1], "pt" for [T, 3, S, S].
+            return_dict: False for a tuple of the output's fields.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
         """
-        if isinstance(image, list | tuple):
-            raise ValueError(f"Give one image, not a list of {len(image)}.")
-        x_0, _ = self.image_processor.preprocess(image)
-        timesteps, _, seed = self._noise(timesteps, 1, seed)
+        check_output_type(output_type)
+        images = [image] if image is None else as_list(image)
+        if len(images) != 1:
+            raise ValueError(f"Give one image, not a list of {len(images)}.")
+        x_0, _ = self.image_processor.preprocess(images)
+        timesteps, _, seed = self._noise(timesteps, 1, as_seed(seed, generator))
         evidence = self.measure(x_0, check_labels(class_labels, 1, self.categories), timesteps, 1, seed)
-        return RADDenoisingOutput(
+        output = RADDenoisingOutput(
             timesteps=timesteps,
             noise_levels=np.sqrt(1.0 - self.scheduler.full_chain.alphas_cumprod[timesteps]),
-            x_t=to_pil(evidence.x_t[0]),
-            x0_hat=to_pil(evidence.x0_hat[0]),
+            x_t=pictures_as(to_pil(evidence.x_t[0]), output_type),
+            x0_hat=pictures_as(to_pil(evidence.x0_hat[0]), output_type),
             pixel_map=evidence.kl[0].cpu().numpy(),
             feature_map=evidence.error[0].cpu().numpy(),
             rgb_map=evidence.rgb[0].cpu().numpy(),
         )
+        return output if return_dict else output.to_tuple()
 
     # -- fitting --------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fit_normality(
         self,
         images: PipelineImageInput,
         holdout_images: PipelineImageInput | None = None,
-        categories: list[str] | None = None,
-        holdout_categories: list[str] | None = None,
-        timesteps: list[int] | None = None,
+        categories: str | Sequence[str] | None = None,
+        holdout_categories: str | Sequence[str] | None = None,
+        timesteps: Sequence[int] | None = None,
         seed: int | None = None,
         batch_size: int = 4,
         accelerator: "accelerate.Accelerator | None" = None,
         num_noise_samples: int | None = None,
+        generator: torch.Generator | None = None,
         **config: Any,
     ) -> "RADPipeline":
         """Fits what good images look like, in place and with no training: seconds for tens of images. Where this
@@ -294,13 +339,14 @@ class RADPipeline(RADLoaderMixin):
             holdout_images: Good images that the network was not trained on. When given, the score statistics and the
                 thresholds come from them alone, and `images` serve the Gaussians only; otherwise `images` serve both,
                 fold by fold.
-            categories, holdout_categories: Category of each image; by default one, "object".
+            categories, holdout_categories: Category of each image, or one for all; by default "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
             seed: Of the noise, here and then in scoring; by default the present one, or 0.
             batch_size: Images in one stacked pass of the U-Net.
             accelerator: Of several processes, all of which pass the same lists: each scores its share of the images,
                 and all get the same statistics.
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
+            generator: In the place of `seed`, as in scoring.
             config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
                 `pixel_range` is found in the images where it is not given.
 
@@ -312,13 +358,14 @@ class RADPipeline(RADLoaderMixin):
                 category; the message names it.
         """
         # 0. Check inputs
-        good, held_out = check_images(images, batch_size), as_list(holdout_images)
+        (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
         names = check_categories(good, held_out, categories, holdout_categories)
         known = sorted(set(names))
         if self.normality is not None:
             kept = ("weights", "image_weights", "context", "top_k")
             config = {key: self.normality.config[key] for key in kept} | config
-        timesteps, draws, seed = self._noise(timesteps, num_noise_samples, seed)
+        timesteps, draws, seed = self._noise(timesteps, num_noise_samples, as_seed(seed, generator))
+        config = {name: v.item() if isinstance(v, np.generic) else v for name, v in config.items()}  # as JSON has them
         config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
         config["discriminator"] = self.discriminator is not None
         fixed_range = config.pop("pixel_range", None)
@@ -371,98 +418,3 @@ class RADPipeline(RADLoaderMixin):
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
         return self
-
-    # -- restoration ----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def restore(
-        self,
-        image: PipelineImageInput,
-        num_steps: int = 150,
-        step_size: float = 0.02,
-        denoise_every: int = 5,
-        anneal: float = 0.2,
-        class_labels: str | int | list[str | int] | None = None,
-        keep_normal: bool = True,
-        pixel_rate: float = 0.005,
-        batch_size: int = 4,
-    ) -> RADRestorationOutput:
-        """Gradient denoising (RAN, algorithm 1): the gradient of the Mahalanobis distance removes the anomaly, the
-        diffusion model removes the gradient's noise. The distance is squared here, so that the worst positions weigh
-        most, and the steps shrink, so that they settle; RAN does neither.
-
-        An image's restoration ends when it is as close to normal as a typical good one, at once when there is nothing
-        to change; the others of its batch go on.
-
-        Args:
-            image: One image or a list.
-            num_steps: Steps at most (RAN: 500).
-            step_size: s; each step scales the image by sqrt(1 - s^2) and moves it by s standardised gradients, so that
-                it is a diffusion step of variance s^2.
-            denoise_every: Denoise after this many steps.
-            anneal: The step size and the timestep of the denoising, RAN's 8 of 250, fall linearly to this fraction.
-            class_labels: As in scoring.
-            keep_normal: Leave what the anomaly map calls normal as it was.
-            pixel_rate: What it calls so: all below the value that this share of good images' pixels exceeds.
-            batch_size: Images that are restored together.
-        """
-        # 0. Check inputs
-        check_restoration(self.normality, num_steps, step_size, denoise_every, anneal, pixel_rate)
-        images, processor = check_images(image, batch_size), self.image_processor
-        labels = check_labels(class_labels, len(images), self.categories)
-
-        restored = RADRestorationOutput(images=[], intermediates=[], distances=[])
-        for batch in batches(len(images), batch_size):
-            # 1. Look at it: what is normal stays as it was
-            x_0, _ = processor.preprocess(images[batch])
-            x_0 = x_0.to(self._execution_device, self.unet.dtype)
-            evidence = self.measure(x_0, labels[batch])
-            numbers = self.normality.labels_of(evidence.categories)
-            keep = torch.zeros_like(x_0[:, :1])
-            if keep_normal:
-                maps, _ = self.normality(evidence, numbers)
-                keep = self.normality.normal_weight(maps[FUSED], pixel_rate, self.config.resolution).to(x_0)
-
-            # 2. Move it towards good images, step by step
-            x, running = x_0.clone(), list(range(len(x_0)))
-            steps: list[list[torch.Tensor]] = [[one] for one in x_0]
-            distances: list[list[float]] = [[] for _ in x_0]
-            with self.progress_bar(total=num_steps) as progress:
-                for step in range(num_steps + 1):
-                    distance, gradient = self._distance_gradient(x[running], [numbers[i] for i in running])
-                    for i, value in zip(running, distance.tolist(), strict=True):
-                        distances[i].append(value)
-                    may = [bool(d > 0.0) and bool((keep[i] < 1).any()) for i, d in zip(running, distance, strict=True)]
-                    running = [i for i, go in zip(running, may, strict=True) if go]
-                    if step == num_steps or not running:
-                        break
-                    # A diffusion step whose noise is the gradient, and a denoising step now and then
-                    fraction, free = 1 + (anneal - 1) * step / num_steps, 1 - keep[running]
-                    s, gradient = step_size * fraction, gradient[may] * free
-                    # Standard deviation of a zero-mean gradient, over the pixels that may change
-                    squares, count = gradient.square().sum((1, 2, 3), True), 3 * free.sum((1, 2, 3), True)
-                    moved = (1 - s**2) ** 0.5 * x[running] - s * gradient / (squares / count).clamp_min(1e-24).sqrt()
-                    if (step + 1) % denoise_every == 0:
-                        t = torch.tensor(self.scheduler.steps_of_250([round(8 * fraction)]), device=x.device)
-                        unet_labels = self.unet.labels_of([evidence.categories[i] for i in running])
-                        output = self.unet(moved, t, unet_labels)
-                        moved, _, _ = self.scheduler.model_distribution(output.sample, output.variance, moved, t)
-                    x[running] = keep[running] * x_0[running] + free * moved.to(x_0.dtype).clamp(-1, 1)
-                    for i in running:
-                        steps[i].append(x[i].clone())
-                    progress.update()
-
-            # 3. Back to each image's own size
-            originals = [decode(one, processor.pixel_range) for one in images[batch]]
-            restored.images += [paste(*parts) for parts in zip(originals, x, keep, strict=True)]
-            restored.intermediates += [to_pil(torch.stack(one)) for one in steps]
-            restored.distances += [np.array(one, dtype=np.float32) for one in distances]
-        return restored
-
-    def _distance_gradient(self, x: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mahalanobis scores [B] of images [B, 3, S, S], and the gradient of their mean squared distances."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            distance = self.normality.distance(self.feature_extractor(x), labels)
-            (gradient,) = torch.autograd.grad(distance.square().mean((1, 2)).sum(), x)
-        return self.normality.distance_score(distance.detach(), labels), gradient

@@ -264,7 +264,7 @@ def antithetic_noise(seed: int, timestep: int, draws: int, like: torch.Tensor) -
     It follows from the seed and the timestep alone; each second draw mirrors the one before it, which cancels errors
     of odd order.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + timestep) % 2**64)
     noise = torch.randn((draws + 1) // 2, *like.shape[1:], generator=generator)
     return torch.stack([noise, -noise], dim=1).flatten(0, 1)[:draws].to(like)
 

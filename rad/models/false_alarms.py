@@ -82,10 +82,12 @@ def p_value_text(p_value: float, resolution: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= resolution else f"p < {resolution:.2g}"
 
 
-def check_rate(rate: float, name: str = "false_alarm_rate") -> None:
-    """Raises ValueError unless the rate is a number between 0 and 1, both excluded."""
-    if not isinstance(rate, int | float) or not 0 < rate < 1:
+def check_rate(rate: Any, name: str = "false_alarm_rate") -> float:
+    """A number of Python, NumPy or torch as a float; raises ValueError unless it lies between 0 and 1, exclusive."""
+    number = rate.item() if isinstance(rate, np.ndarray | np.generic | torch.Tensor) and rate.ndim == 0 else rate
+    if not isinstance(number, int | float) or not 0 < number < 1:
         raise ValueError(f"{name} must lie between 0 and 1, got {rate}.")
+    return float(number)
 
 
 def decide(
@@ -106,7 +108,7 @@ def decide(
     Raises:
         ValueError: The rate lies elsewhere.
     """
-    check_rate(false_alarm_rate)
+    false_alarm_rate = check_rate(false_alarm_rate)
     p_value = p_values(torch.from_numpy(np.asarray(scores)), good)
     is_anomalous = (p_value <= false_alarm_rate).numpy()
     pixel_threshold = pixel_threshold_at(false_alarm_rate, quantiles)
