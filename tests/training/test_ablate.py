@@ -1,6 +1,7 @@
 """Ablations from end to end on a tiny data set, against what the pipeline itself gives."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ablate
@@ -294,6 +295,18 @@ def test_a_chain_shorter_than_rans_has_timesteps_to_compare():
     assert RADScheduler().steps_of_250(ablate.RESPACED_STEPS) == [20, 48, 100, 201, 301, 401, 602]
 
 
-def test_too_few_images_to_measure_are_refused_before_anything_is_computed(folder):
-    with pytest.raises(ValueError, match="The 1 test images have no good image"):
-        run(folder, "refused", "--max_test_samples", "1")
+def test_what_the_test_images_do_not_define_is_said(folder):
+    results = run(folder, "one", "--max_test_samples", "1")
+    text = (folder / "one" / "ablations.md").read_text()
+    assert "brick: image AUROC, AP and F1 not defined: no good image." in text
+    assert all("image_auroc" not in row["test"] and row["pasted"]["image_auroc"] >= 0 for row in results["score"])
+    assert "nan" not in text.lower() and "NaN" not in (folder / "one" / "ablations.json").read_text()
+
+
+def test_images_that_define_nothing_are_refused_before_anything_is_computed(folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    for path in data.glob("*/test/[!g]*"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="Nothing can be measured on these images. brick: .* no defective image"):
+        run(folder, "refused", "--data_dir", str(data))
+    assert not (folder / "refused" / "raw").exists()

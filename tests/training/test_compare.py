@@ -333,6 +333,15 @@ def test_without_anomalib_one_sentence_before_anything_is_computed(monkeypatch, 
         compare.main(args)
 
 
+def test_a_metric_that_the_images_do_not_define_is_a_dash_and_has_no_panel(rows):
+    lacking = [row | dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro")) for row in rows]
+    lines = compare.to_markdown(lacking, 2, ["gravel: AUPRO not defined: no mask."]).splitlines()
+    assert lines[2].split(" | ")[2:5] == ["-", "-", "-"] and "gravel: AUPRO not defined: no mask." in lines
+    figure = compare.draw(lacking)
+    FigureCanvasAgg(figure).draw()
+    assert [axis.get_ylabel() for axis in figure.axes] == ["image AUROC"]
+
+
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch):
     flags = ["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "output")]
     monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
@@ -343,9 +352,12 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch):
 
 def test_images_that_cannot_all_be_measured_are_refused_before_anything_is_computed(folders, tmp_path):
     data = shutil.copytree(folders / "data", tmp_path / "data")
-    shutil.rmtree(data / "gravel" / "ground_truth")
+    for path in (*data.glob("*/ground_truth"), *data.glob("*/test/good")):
+        shutil.rmtree(path)
     flags = ["--model", str(folders / "model"), "--data_dir", str(data), "--output_dir", str(tmp_path / "output")]
-    with pytest.raises(ValueError, match="no good image or no known mask of category 'gravel'"):
+    with pytest.raises(
+        ValueError, match=r"Nothing can be measured .* gravel: image AUROC, AP and F1 not defined: no good image\."
+    ):
         compare.main(compare.parse_args(flags))
     assert not list((tmp_path / "output").iterdir())
 

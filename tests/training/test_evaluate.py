@@ -152,6 +152,39 @@ def test_kinds_of_defect_stand_beside_all_good_images(whole):
     assert len(without_mask) == 1 and "image_auroc" in without_mask[0]
 
 
+@pytest.mark.parametrize(
+    ("remove", "told", "missing"),
+    [
+        (
+            "brick/test/[!g]*",
+            "image AUROC, AP and F1, pixel AUROC, AP, F1 and AUPRO not defined: no defective image",
+            7,
+        ),
+        ("brick/test/good", "image AUROC, AP and F1 not defined: no good image", 3),
+        ("brick/ground_truth", "pixel AUROC, AP, F1 and AUPRO not defined: no defective image with a mask", 4),
+    ],
+    ids=["only good", "only bad", "no masks"],
+)
+def test_what_is_not_defined_is_said_in_every_result(model, data_dir, tmp_path, capsys, remove, told, missing):
+    shutil.copytree(data_dir / "brick", tmp_path / "data" / "brick")
+    for path in (tmp_path / "data").glob(remove):
+        shutil.rmtree(path)
+    run(model, tmp_path / "data", tmp_path / "out", "--figures")
+    text = (tmp_path / "out" / "results.json").read_text()
+    results, (report, table) = (
+        json.loads(text),
+        ((tmp_path / "out" / n).read_text() for n in ("report.html", "results.md")),
+    )
+    assert "NaN" not in text and "Infinity" not in text
+    assert not re.search(r"\bnan\b", report + table, re.IGNORECASE)
+    row = results["scores"]["fused"]["categories"]["brick"]
+    assert sum(value is None for value in row.values()) >= missing and set(row) == set(
+        results["scores"]["fused"]["mean"]
+    )
+    assert told.split(": ")[1] in results["truth"]["undefined"]["brick"].values()
+    assert told in capsys.readouterr().out and told in report and told in table
+
+
 class Page(HTMLParser):
     """Tags and attributes of a page."""
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -37,6 +38,7 @@ from rad import RADFeatureExtractor, RADPipeline, RADUNet2DModel
 from rad.data import load_dataset
 from rad.data.synthetic import write_synthetic
 from rad.losses import compute_losses
+from rad.model_card import create_model_card
 from rad.pipeline_loading import EMBEDDED_DIR
 
 ROOT = Path(__file__).parent.parent.parent
@@ -214,16 +216,27 @@ def test_test_images_and_masks_that_cannot_be_read_are_left_out(pipeline, data_d
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize("without", ["test/good", "ground_truth"])
-def test_a_test_split_without_good_images_or_masks_is_not_measured(pipeline, data_dir, tmp_path, caplog, without):
+@pytest.mark.parametrize(
+    ("without", "lacking", "reason"),
+    [
+        ("test/good", ["image_auroc"], "no good image"),
+        ("ground_truth", ["pixel_auroc", "pixel_ap", "aupro"], "no defective image with a mask"),
+        ("test/[!g]*", ["image_auroc", "pixel_auroc", "pixel_ap", "aupro"], "no defective image"),
+    ],
+)
+def test_what_a_test_split_does_not_define_is_said(pipeline, data_dir, tmp_path, caplog, without, lacking, reason):
     caplog.set_level(logging.INFO)
     folder = shutil.copytree(data_dir, tmp_path / "data")
-    shutil.rmtree(folder / "brick" / without)
+    for path in (folder / "brick").glob(without):
+        shutil.rmtree(path)
     metrics, defective = measured(folder, tmp_path, pipeline)
-    assert metrics == {} and len(defective) == len(list(folder.glob("brick/test/*/*.png"))) - 2 * (
-        "good" not in without
-    )
-    assert "Not measured: the test split of 'brick' has no good images, or none with a mask." in caplog.text
+    assert sorted(defective) == sorted(folder.glob("brick/test/[!g]*/*.png"))
+    assert set(metrics) == {"image_auroc", "pixel_auroc", "pixel_ap", "aupro"}
+    told = {name: value for name, value in metrics.items() if isinstance(value, str)}
+    assert told == dict.fromkeys(lacking, f"not defined: {reason}")
+    assert re.search(f"brick: .* not defined: {reason}[.]", caplog.text)
+    card = create_model_card(pipeline, "user/bricks", metrics={"bricks": metrics})
+    assert len(card.data.eval_results or []) == 4 - len(lacking) and f"not defined: {reason}" in card.text
 
 
 def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, monkeypatch):
