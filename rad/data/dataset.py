@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from ..image_processor import FORMATS
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_IMAGES = 10  # of a category to be trained on
 
 
@@ -117,18 +116,6 @@ class AnomalyDataset(Dataset):
             parts.append(np.asarray(mask) > sample.mask_threshold)
         mask = np.logical_or.reduce(parts)
         return mask if mask.any() else None
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Image files directly in a folder, sorted by name; hidden files are left out."""
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Folders directly in a folder, sorted by name; hidden ones are left out."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def find_mask(folder: Path, stem: str) -> Path | None:

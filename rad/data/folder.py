@@ -1,64 +1,419 @@
-"""Any folder of good images, searched with its subfolders: what an engineer with a camera has.
+"""Any folder of images whose names tell good from bad: what an engineer with a camera has.
 
-If it holds a folder `good` (or `ok`, or `normal`) and others beside it, these are kinds of defects, each with its
-masks, if there are any, in `ground_truth`:
+A folder without a hint is one of good images, searched with its subfolders (days, cameras, lots). Else the words of
+`rad.data.roles` in the names of folders, or of files, say what is good and bad, train and test, image and mask:
 
-    good/**/*.png, <defect>/**/*.png, ground_truth/<defect>/**/*_mask.png (255 = defect)
+    good/**/*.png, <defect>/**/*.png, ground_truth/<defect>/**/*_mask.png
+    train/normal/*.png, test/normal/*.png, test/abnormal/*.png
+    <category>/OK/*.png, <category>/NG/*.png, and many others
 
-Then every fifth good image, in order of names, is a test image like the defects, and the others are for training.
+- Beside a folder of good images any other is a kind of defect.
+- Good images of test folders are for the test. Where no folder says train or test and there are defects, every fifth
+  good image, in order of names, is a test image like the defects, and the others are for training.
+- What is not clear is refused; globs (`good`, `bad`, `masks`) or `all_good` say it then.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .dataset import IMAGE_SUFFIXES, Sample, find_mask, subfolders
+import numpy as np
+from PIL import Image
 
-GOOD_FOLDERS = ("good", "ok", "normal")  # in any case
-# Parts of other layouts, whose test images must not be taken for good ones
-OTHER_LAYOUTS = {"train/good": "MVTec-AD", "train/ok": "BTAD", "Data/Images": "VisA", "NG": "Real-IAD"}
+from ..image_processor import FORMATS
+from .dataset import Sample
+from .listing import Listing, images_under, list_files
+from .roles import Meaning, mask_stem, meaning_of
+
+FLAGS = "--dataset_format folder --good GLOB --bad GLOB --masks GLOB, or --all_good if every image shows a good part"
+LABEL_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".xlsx")
+MAX_LABEL_BYTES = 20_000_000  # of a file that is searched for the names of images
 
 
-def load_folder(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
-    """Images under `root` as samples of `split` ("train" or "test") and of one category, named after the folder.
+@dataclass(frozen=True)
+class Entry:
+    """An image and what is known of it.
+
+    Attributes:
+        folders: Of the image, relative to the data folder, without those that all images share.
+        quality: "good", "bad", "mask" or None.
+        split: "train", "validation", "test" or None.
+    """
+
+    path: Path
+    folders: tuple[str, ...]
+    quality: str | None = None
+    split: str | None = None
+    category: str = ""
+    defect: str = "good"
+
+
+def load_folder(
+    root: Path,
+    split: str,
+    categories: list[str] | None = None,
+    good: Sequence[str] = (),
+    bad: Sequence[str] = (),
+    masks: Sequence[str] = (),
+    all_good: bool = False,
+) -> list[Sample]:
+    """Images under `root` as samples of `split` ("train" or "test").
+
+    Categories are folders above or below those of good and bad; without such folders there is one, named after `root`.
+
+    Args:
+        good, bad, masks: Globs, relative to `root`, of files and of folders, which count with their subfolders. What
+            they name is what they say; names decide on the rest, but where `good` is given only it is good.
+        all_good: Every image is a good one, whatever its name says.
 
     Raises:
-        ValueError: Asked for other categories, or for a test split without defects; or the folder holds two folders of
-            good images, or is a data set in another layout or one category of it, whose test images are no good ones.
+        ValueError: It is not clear which images are good, a glob finds nothing or two say different things, other
+            categories are asked for, or there are no defects for a test split.
     """
-    category, folders = root.resolve().name, subfolders(root)
-    if categories and categories != [category]:
-        raise ValueError(f"{root} is a plain folder of images: it has no categories but {category!r}, its own name.")
-    good = [folder for folder in folders if folder.name.lower() in GOOD_FOLDERS]
-    defects = [folder for folder in folders if folder not in (*good, root / "ground_truth")]
-    if len(good) > 1:
-        raise ValueError(
-            f"{root} holds {' and '.join(folder.name for folder in good)}: keep good images in one folder."
-        )
-    if good and defects:
-        numbered = enumerate(images_under(good[0]), start=1)
-        samples = [Sample(image, category) for number, image in numbered if (number % 5 == 0) == (split == "test")]
-        for folder in defects if split == "test" else []:
-            for image in images_under(folder):
-                mask = find_mask(root / "ground_truth" / image.parent.relative_to(root), image.stem)
-                samples.append(Sample(image, category, folder.name, mask))
-        return samples
-
-    for part, layout in OTHER_LAYOUTS.items():
-        if (root / part).is_dir():
-            raise ValueError(
-                f"{root} holds {part}, so it is a category in {layout} layout: give its parent folder and name the "
-                f"category."
-            )
-        for found in root.glob(f"*/{part}"):
-            raise ValueError(f"{root} holds {found.relative_to(root)}, so it is no plain folder of images.")
-    if split == "test":
+    entries = read_folder(root, good, bad, masks, all_good)
+    available = sorted({entry.category for entry in entries if entry.quality != "mask"})
+    missing = sorted(set(categories or []) - set(available))
+    if missing and len(available) == 1:
+        raise ValueError(f"{root} has no categories but {available[0]!r}; got {', '.join(missing)}.")
+    if missing:
+        raise ValueError(f"{root} has no category {', '.join(missing)}; it has {', '.join(available)}.")
+    if split == "test" and not any(entry.quality == "bad" or entry.split == "test" for entry in entries):
         raise ValueError(
             f"{root} has no 'test' split: expected the folder good and one for each kind of defect, found "
-            f"{[folder.name for folder in folders][:10] or 'no folders'}."
+            f"{sorted({entry.folders[0] for entry in entries if entry.folders})[:10] or 'no folders'}."
         )
-    return [Sample(image, category) for image in images_under(root)]
+    find = MaskFinder([entry for entry in entries if entry.quality == "mask"])
+    samples = [
+        Sample(entry.path, entry.category, entry.defect, find(entry) if entry.quality == "bad" else None)
+        for category in (categories or available)
+        for entry in divide([entry for entry in entries if entry.category == category and entry.quality != "mask"])
+        if entry.split == split
+    ]
+    defects = [sample for sample in samples if sample.label]
+    if find.masks and defects and not any(sample.mask for sample in defects):
+        raise ValueError(
+            f"None of the {len(defects)} defects in {root} has a mask of its name, for example {defects[0].image.name}, "
+            f"though there are {len(find.masks)} masks, for example {find.masks[0].path.name}."
+        )
+    return samples
 
 
-def images_under(folder: Path) -> list[Path]:
-    """Image files in a folder and its subfolders, sorted; hidden files and folders are left out."""
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def read_folder(
+    root: Path, good: Sequence[str] = (), bad: Sequence[str] = (), masks: Sequence[str] = (), all_good: bool = False
+) -> list[Entry]:
+    """All images under a folder, with what each is; arguments and errors as `load_folder`."""
+    listing = list_files(root)
+    parts = [path.relative_to(root).parts[:-1] for path in listing.images]
+    shared = 0  # folders that all images lie in tell none from another
+    while parts and all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    entries = [Entry(path, p[shared:]) for path, p in zip(listing.images, parts, strict=True)]
+    above = parts[0][:shared] if parts else ()
+    name = root.resolve().name
+    if all_good:
+        return [replace(entry, quality="good", category=name) for entry in entries]
+
+    # 1. What globs and the names of folders say
+    said = {
+        path: role for role, globs in (("good", good), ("bad", bad), ("mask", masks)) for path in named(root, globs)
+    }
+    for role, globs in (("good", good), ("bad", bad), ("mask", masks)):
+        twice = [path for path in named(root, globs) if said[path] != role]
+        if twice:
+            raise ValueError(
+                f"{twice[0].relative_to(root)} is named by two of --good, --bad and --masks: name it in one."
+            )
+    entries = [told(entry, said.get(entry.path)) for entry in entries]
+    if good:
+        entries = [e for e in entries if e.path in said or e.quality == "mask" or (not bad and e.quality == "bad")]
+    unclear = [e for e in entries if e.quality == "both"]
+    if unclear:
+        raise refusal(root, f"{place(unclear[0])} says both good and bad")
+    entries = [by_file_name(entry, entries) for entry in entries]
+    entries = same_stem_masks(entries)
+
+    # 2. What lies beside them
+    photos = [entry for entry in entries if entry.quality != "mask"]
+    if not any(entry.quality for entry in photos):
+        check_plain(root, entries, listing, above)
+        entries = [entry if entry.quality else replace(entry, quality="good") for entry in entries]
+        return check_pictures(root, [replace(entry, category=name) for entry in entries])
+    if not good:
+        for _ in range(2):  # what a train folder is may hang on what lies beside good test images
+            entries = [beside(entry, entries) for entry in entries]
+        lost = [entry for entry in entries if entry.quality is None]
+        if lost:
+            folders = ", ".join(f"{count} in {folder}" for folder, count in Counter(map(place, lost)).most_common(5))
+            told_apart = sorted({place(entry) for entry in photos if entry.quality})[:5]
+            raise refusal(
+                root, f"some names tell good or bad ({', '.join(told_apart)}), but not of the images {folders}"
+            )
+    if not any(entry.quality == "good" for entry in entries):
+        raise refusal(root, f"all images seem to be defects ({place(photos[0])}), none good")
+    entries = [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
+    return entries if good else check_pictures(root, entries)
+
+
+def named(root: Path, globs: Sequence[str]) -> list[Path]:
+    """Images that globs, relative to a folder, name.
+
+    Raises:
+        ValueError: One finds no images, or leads out of the folder.
+    """
+    found = []
+    for glob in globs:
+        if Path(glob).is_absolute() or ".." in Path(glob).parts:
+            raise ValueError(f"The glob {glob!r} must be relative to the data folder {root}.")
+        paths = sorted(root.glob(glob)) if glob else []
+        images = [image for path in paths for image in (images_under(path) if path.is_dir() else [path])]
+        if not images:
+            raise ValueError(f"The glob {glob!r} finds no images in {root}.")
+        found += images
+    return found
+
+
+def told(entry: Entry, said: str | None) -> Entry:
+    """What globs or, without, the names of folders say of an image."""
+    words = [meaning_of(folder) for folder in entry.folders]
+    splits = [word.split for word in words if word.split]
+    qualities = {word.quality for word in words if word.quality}
+    is_mask = any(word.mask for word in words) or mask_stem(entry.path.stem) is not None
+    quality = said or ("mask" if is_mask else "both" if len(qualities) > 1 else next(iter(qualities), None))
+    return replace(entry, quality=quality, split=splits[-1] if splits else None, defect=kind(entry, quality, words))
+
+
+def kind(entry: Entry, quality: str | None, words: list[Meaning]) -> str:
+    """The kind of defect that an image's folders name: the first that is a kind; else what lies below "bad"."""
+    if quality != "bad":
+        return "good"
+    named_bad = [i for i, word in enumerate(words) if word.quality == "bad"]
+    kinds = [i for i in named_bad if words[i].kind]
+    if named_bad:
+        kinds += [i for i in range(named_bad[0] + 1, len(words)) if words[i].unknown] + named_bad[-1:]
+    return entry.folders[kinds[0]] if kinds else (entry.folders[-1] if entry.folders else "bad")
+
+
+def by_file_name(entry: Entry, entries: list[Entry]) -> Entry:
+    """Takes the file's name for one that no folder tells of: "good_1.png" and "NG_2.png" in one folder."""
+    if entry.quality or (word := meaning_of(entry.path.stem)).kind or not word.quality:
+        return entry
+    return replace(entry, quality=word.quality, defect="good" if word.quality == "good" else "bad")
+
+
+def same_stem_masks(entries: list[Entry]) -> list[Entry]:
+    """Of two pictures of a defect with one name and other suffixes, the nearly binary one is the mask."""
+    groups: dict[tuple[Path, str], list[Entry]] = {}
+    for entry in entries:
+        if entry.quality == "bad":
+            groups.setdefault((entry.path.parent, entry.path.stem), []).append(entry)
+    twins = [entry.path for group in groups.values() if len(group) == 2 for entry in group]
+    masks = {path for path in twins if is_binary(path)}
+    return [replace(entry, quality="mask") if entry.path in masks else entry for entry in entries]
+
+
+def core(entry: Entry) -> tuple[str, ...]:
+    """An image's folders without those that only say train, test, images, a day, a number."""
+    words = map(meaning_of, entry.folders)
+    return tuple(f for f, word in zip(entry.folders, words, strict=True) if word.quality or word.unknown)
+
+
+def beside(entry: Entry, entries: list[Entry]) -> Entry:
+    """Decides on an image that no word does: a defect if its folder lies beside that of good images, good if it lies
+    loose in a train folder while all of test are told apart."""
+    if entry.quality:
+        return entry
+    own = core(entry)
+    photos = [other for other in entries if other.quality != "mask"]
+    parents = {
+        _until_good(other) for other in photos if other.quality == "good" and not (other.split and not core(other))
+    }
+    if any(own[:i] in parents for i in range(len(own))):
+        i = next(i for i in range(len(own)) if own[:i] in parents)
+        return replace(entry, quality="bad", defect=own[i])
+    tested = [other for other in photos if other.split in ("test", "validation")]
+    if entry.split == "train" and not own and tested and all(other.quality for other in tested):
+        return replace(entry, quality="good")
+    return entry
+
+
+def _until_good(entry: Entry) -> tuple[str, ...]:
+    """The folders that hold that of a good image."""
+    own = core(entry)
+    return own[: next((i for i, folder in enumerate(own) if meaning_of(folder).quality), len(own))]
+
+
+def with_categories(entries: list[Entry], name: str) -> list[Entry]:
+    """Categories are folders above good and bad, or below both by the same names; `name` where there are none."""
+
+    def around(entry: Entry) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        own = core(entry)
+        place = next((i for i, f in enumerate(own) if meaning_of(f).quality or f == entry.defect), len(own))
+        return own[:place], own[place + 1 :]
+
+    photos = [entry for entry in entries if entry.quality != "mask"]
+    below = {
+        quality: {around(entry)[1][:1] for entry in photos if entry.quality == quality} for quality in ("good", "bad")
+    }
+    is_below = () not in below["good"] | below["bad"] and bool(below["bad"]) and below["bad"] <= below["good"]
+    found = []
+    for entry in entries:
+        above, rest = around(entry)
+        category = "/".join([*above, *(rest[:1] if is_below else ())]) or name
+        defect = entry.defect
+        if is_below and entry.quality == "bad" and rest[:1] == (defect,):
+            defect = next(f for f in entry.folders if meaning_of(f).quality == "bad")
+        found.append(replace(entry, category=category, defect=defect))
+    return found
+
+
+def divide(entries: list[Entry]) -> list[Entry]:
+    """Says of each image of one category which split it is part of."""
+    good, bad = ([e for e in entries if e.quality == quality] for quality in ("good", "bad"))
+    has_test = any(e.split == "test" for e in entries)
+    if any(e.split for e in good):
+        good = [e if e.split else replace(e, split="train") for e in good]
+    elif bad:
+        good = [replace(e, split="train" if number % 5 else "test") for number, e in enumerate(good, start=1)]
+    else:
+        good = [replace(e, split="train") for e in good]
+    if not any(e.split == "test" for e in bad):  # defects in train are for the test only where it has none of its own
+        bad = [replace(e, split="test") for e in bad]
+    bad = [e if e.split else replace(e, split="test") for e in bad]
+    if not has_test:
+        good = [replace(e, split="test") if e.split == "validation" else e for e in good]
+    return good + bad
+
+
+class MaskFinder:
+    """Finds the mask of a defect by its name and, where several bear it, by the folders that both lie in.
+
+    Args:
+        masks: All there are.
+    """
+
+    def __init__(self, masks: list[Entry]) -> None:
+        self.masks, self.by_stem = masks, {}
+        for mask in masks:
+            for stem in {mask.path.stem, mask_stem(mask.path.stem) or mask.path.stem}:
+                self.by_stem.setdefault(stem.casefold(), []).append(mask)
+
+    def __call__(self, entry: Entry) -> Path | None:
+        """Raises ValueError if two masks fit alike."""
+        own = Counter(map(str.casefold, entry.folders))
+
+        def fit(mask: Entry) -> int:
+            return sum((own & Counter(map(str.casefold, mask.folders))).values())
+
+        def is_other(folder: str) -> bool:
+            word = meaning_of(folder)
+            return (
+                not word.mask
+                and (word.quality == "good" or word.kind or word.unknown)
+                and folder.casefold() not in own
+            )
+
+        found = self.by_stem.get(entry.path.stem.casefold(), ())
+        found = sorted((mask for mask in found if not any(map(is_other, mask.folders))), key=fit, reverse=True)
+        if len(found) > 1 and fit(found[0]) == fit(found[1]):
+            raise ValueError(
+                f"{entry.path} has two masks, {found[0].path} and {found[1].path}: keep one, or name it by --masks."
+            )
+        return found[0].path if found else None
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------
+
+
+def refusal(root: Path, reason: str) -> ValueError:
+    """The sentence that says what is not clear, and how to say it."""
+    return ValueError(f"It is not clear which images in {root} are good: {reason}. Say it with {FLAGS}.")
+
+
+def place(entry: Entry) -> str:
+    """Where an image lies, to be told."""
+    return "/".join(entry.folders) or "the folder itself"
+
+
+def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple[str, ...]) -> None:
+    """Raises ValueError if a folder whose names say nothing of good or bad holds a sign that not all are good."""
+    over = [meaning_of(folder) for folder in above]
+    says_good = [word.quality for word in over][-1:] == ["good"] or any(word.quality == "good" for word in over)
+    bad = [folder for folder, word in zip(above, over, strict=True) if word.quality in ("bad", "both")]
+    if bad and not says_good:
+        raise refusal(root, f"all of them lie in {bad[0]}")
+    masks = [entry for entry in entries if entry.quality == "mask"]
+    if masks and not says_good:
+        raise refusal(root, f"{len(masks)} of them seem to be masks (such as {place(masks[0])}/{masks[0].path.name})")
+    tests = [entry for entry in entries if entry.split == "test"]
+    if tests:
+        raise refusal(root, f"{place(tests[0])} tells train or test, but nothing tells good from bad")
+    if says_good:
+        return
+    groups = {core(entry) for entry in entries}
+    firsts = {entry.folders[:1] for entry in entries}
+    if len(groups) > 1 or firsts == {("0",), ("1",)}:
+        names = Counter(map(place, entries))
+        raise refusal(root, f"it holds {', '.join(f'{n} in {p}' for p, n in sorted(names.items())[:8])}")
+    labels = label_files(listing)
+    if labels:
+        raise refusal(root, f"the file {labels[0].relative_to(root)} seems to hold labels, which are not read")
+
+
+def label_files(listing: Listing) -> list[Path]:
+    """Text files that tell of the images: named like one, like labels, or with an image's name in them."""
+    names = {path.name for path in listing.images}
+    stems = {(path.parent, path.stem) for path in listing.images}
+
+    def tells(path: Path) -> bool:
+        words = [meaning_of(path.stem), meaning_of(path.parent.name)]
+        if (path.parent, path.stem) in stems or any(word.mask for word in words) or words[0].quality:
+            return True
+        if path.suffix.lower() == ".xlsx" or path.stat().st_size > MAX_LABEL_BYTES:
+            return False
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return any(name in text for name in names)
+
+    paths = sorted(path for group in listing.left_out.values() for path in group)
+    return [p for p in paths if p.suffix.lower() in LABEL_SUFFIXES and p.is_file() and p.name[0] != "." and tells(p)]
+
+
+def check_pictures(root: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries, unless some good images look like masks; raises ValueError then."""
+    good = [entry for entry in entries if entry.quality == "good"]
+    with ThreadPoolExecutor() as pool:
+        binary = [
+            entry for entry, found in zip(good, pool.map(is_binary, [e.path for e in good]), strict=True) if found
+        ]
+    if binary:
+        raise refusal(
+            root,
+            f"{len(binary)} of {len(good)} pictures are black and white as masks are (such as "
+            f"{binary[0].path.relative_to(root)})",
+        )
+    return entries
+
+
+def is_binary(path: Path) -> bool:
+    """Whether a picture has two grey values only, or next to only black and white, as masks do.
+
+    Only what is small for its pixels, as such pictures are when they are compressed, is decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            small = path.stat().st_size < 2048 + 0.1 * image.width * image.height
+            if image.format in ("PNG", "JPEG", "WEBP", "GIF") and not small:
+                return False
+            if image.mode in ("P", "PA", "LA", "RGBA"):
+                image = image.convert("RGB")
+            pixels = np.asarray(image)
+    except Exception:  # what cannot be read is told by who decodes it
+        return False
+    pixels = pixels[..., :3] if pixels.ndim == 3 else pixels[..., None]
+    if (pixels != pixels[..., :1]).any() or pixels.min() == pixels.max():  # coloured, or of one value
+        return False
+    grey = pixels[..., 0]
+    if ((grey == grey.min()) | (grey == grey.max())).all():
+        return True
+    return grey.dtype == np.uint8 and bool(((grey <= 4) | (grey >= 251)).mean() > 0.995 and grey.min() <= 4)

@@ -18,7 +18,8 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
 from collections.abc import Callable
 from pathlib import Path
 
-from .dataset import Sample, find_mask, list_images, pick_categories, subfolders, wrong_layout
+from .dataset import Sample, find_mask, pick_categories, wrong_layout
+from .listing import images_under, list_images, subfolders
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -68,7 +69,8 @@ def load_categories(
 
     Args:
         layout: Its name, for errors.
-        mask: Finds the mask of an image, given the category's folder, the defect's name and the image.
+        mask: Finds the mask of an image, given the category's folder, the defect's name (with the subfolders in its
+            folder that the image lies in) and the image.
         test: Folder of the split "test"; other splits lie in folders of their own name.
         good: Folder of good images.
 
@@ -87,7 +89,9 @@ def load_categories(
             if kind.name == "ground_truth":  # MVTec-AD 2 keeps its masks among the images
                 continue
             defect = "good" if kind.name == good else kind.name
-            for image in list_images(kind):
-                found = None if defect == "good" else mask(root / category, kind.name, image)
+            for image in images_under(kind):
+                found = (
+                    None if defect == "good" else mask(root / category, str(image.parent.relative_to(folder)), image)
+                )
                 samples.append(Sample(image, category, defect, found, mask_threshold))
     return samples
