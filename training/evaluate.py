@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
+from data_arguments import add_data_arguments, load_split, summarise_folder
 from launching import share_cores
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
 
 from rad import RADPipeline, __version__
-from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
+from rad.data import AnomalyDataset, load_hub_dataset
+from rad.data.summary import DataSummary, summarise
 from rad.evaluation import (
     LIBRARIES,
     DrawnDefects,
@@ -65,16 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data_dir", help="Folder of the data set.")
     data.add_argument("--dataset_name", help="Data set of the Hub.")
-    parser.add_argument(
-        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of --data_dir."
-    )
+    add_data_arguments(parser.add_argument)
     parser.add_argument("--dataset_config_name", help="Hub: configuration of the data set.")
     parser.add_argument("--dataset_split", default="test", help="Hub: split to measure on.")
     parser.add_argument("--image_column", default="image", help="Hub: column with the images.")
     parser.add_argument("--mask_column", help="Hub: column with the masks.")
     parser.add_argument("--label_column", help="Hub: column that tells good images from others.")
     parser.add_argument("--category_column", help="Hub: column with the categories.")
-    parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
     parser.add_argument(
         "--mode", default="calibrated", choices=("calibrated", "paper"), help="paper: RAN to the letter."
     )
@@ -133,10 +132,17 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
             good_only=False,
         )
     split = "train" if args.pasted_defects else "test"
-    dataset = load_dataset(args.data_dir, args.dataset_format, split, args.category)
+    dataset = load_split(args, split, args.category)
     if args.pasted_defects:
         return DrawnDefects(dataset, args.pasted_defects, args.seed or 0)
     return dataset
+
+
+def summarise_data(args: argparse.Namespace) -> DataSummary:
+    """What is read of the data set that the arguments name."""
+    if not args.dataset_name:
+        return summarise_folder(args, args.category)
+    return summarise({"test": load_data(args)}, name=args.dataset_name)
 
 
 def false_alarm_rates(args: argparse.Namespace) -> list[float]:
@@ -296,12 +302,17 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    if args.dry_run:
+        print(summarise_data(args).to_text())
+        return {}
     cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)
     share_cores()
 
     # 1. Score: one model after another, each on its categories
     dataset, models, found = load_data(args), {}, Found()
+    if state.is_main_process:
+        print(summarise_data(args).to_text(), flush=True)
     for i in evenly(len(dataset), args.max_test_samples):
         models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
     for model, indices in models.items():

@@ -48,8 +48,8 @@ def load_dataset(
         split: "train" (good images only) or "test"; of MVTec-AD 2 and LOCO also "validation": good images, which are
             part of no other split.
         categories: Names to keep; by default all.
-        good, bad, masks: Of "folder": globs, relative to `root`, of the files, or folders with all below them, that are
-            good images, defects and masks, where their names do not say it.
+        good, bad, masks: Of "folder": globs, relative to `root`, of files, or folders with all below them, that are
+            good images, defects and masks, where names do not say it.
         all_good: Of "folder": every image shows a good part, whatever the names say.
 
     Raises:

@@ -94,8 +94,8 @@ def load_folder(
     defects = [sample for sample in samples if sample.label]
     if find.masks and defects and not any(sample.mask for sample in defects):
         raise ValueError(
-            f"None of the {len(defects)} defects in {root} has a mask of its name, for example {defects[0].image.name}, "
-            f"though there are {len(find.masks)} masks, for example {find.masks[0].path.name}."
+            f"None of the {len(defects)} defects in {root} has a mask of its name, such as "
+            f"{defects[0].image.name}, though there are {len(find.masks)} masks, such as {find.masks[0].path.name}."
         )
     return samples
 
@@ -306,16 +306,15 @@ class MaskFinder:
         def fit(mask: Entry) -> int:
             return sum((own & Counter(map(str.casefold, mask.folders))).values())
 
-        def is_other(folder: str) -> bool:
-            word = meaning_of(folder)
-            return (
-                not word.mask
-                and (word.quality == "good" or word.kind or word.unknown)
-                and folder.casefold() not in own
+        def is_of_another(mask: Entry) -> bool:
+            words = {folder: meaning_of(folder) for folder in mask.folders}
+            kinds = [f for f, word in words.items() if word.quality == "good" or word.kind or word.unknown]
+            return any(word.mask for word in words.values()) and any(
+                folder.casefold() not in own for folder in kinds if not words[folder].mask
             )
 
         found = self.by_stem.get(entry.path.stem.casefold(), ())
-        found = sorted((mask for mask in found if not any(map(is_other, mask.folders))), key=fit, reverse=True)
+        found = sorted((mask for mask in found if not is_of_another(mask)), key=fit, reverse=True)
         if len(found) > 1 and fit(found[0]) == fit(found[1]):
             raise ValueError(
                 f"{entry.path} has two masks, {found[0].path} and {found[1].path}: keep one, or name it by --masks."
@@ -323,7 +322,7 @@ class MaskFinder:
         return found[0].path if found else None
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refusal(root: Path, reason: str) -> ValueError:

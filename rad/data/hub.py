@@ -67,7 +67,7 @@ def load_hub_dataset(
         name: Hub id, or a folder, of a data set.
         image_column: Column with the images.
         category_column: Column that tells what an image shows; by default all show the same.
-        label_column: Column that tells good images (0, False, or a word such as "good", "OK", "pass" or "non_defective",
+        label_column: Column that tells good images (0, False, or a word such as "good", "OK", "pass", "non_defective",
             in any case) from others, whose label is the kind of defect; by default all are good.
         categories: Names to keep; by default all.
         mask_column: Column with the masks of images that are not good; where it is empty, and without it, they count

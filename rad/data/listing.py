@@ -69,7 +69,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders directly in a folder, links to folders too, sorted by name; hidden ones and the system's are left out."""
+    """Folders directly in a folder, links to folders too, sorted by name; without hidden ones and the system's."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not foreign(Path(path.name)))
 
 

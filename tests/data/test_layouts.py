@@ -1,5 +1,6 @@
 """Folders as people have them: what each is read as, or the words it is refused with."""
 
+import importlib
 import io
 import re
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 from rad.data import load_dataset
+from rad.data.listing import list_files
 from rad.data.roles import is_good, mask_stem, meaning_of
+from rad.data.summary import summarise
+from rad.image_processor import decode
 
 
 def encode(pixels: np.ndarray, format: str) -> bytes:
@@ -316,3 +320,126 @@ def test_labels_of_the_hub_are_understood_by_the_same_words(label, good):
 )
 def test_names_of_masks(stem, image):
     assert mask_stem(stem) == image
+
+
+# Files
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
+    plant(tmp_path / "elsewhere", "#.png 4")
+    root = plant(tmp_path / "nuts", "#.png 2; day1 3")
+    (root / "day2").symlink_to(tmp_path / "elsewhere")
+    (root / "day1" / "again").symlink_to(root)
+    (root / "a first").symlink_to(root / "day1")
+    (root / "lost").symlink_to(tmp_path / "nowhere")
+    listing = list_files(root)
+    assert [path.parent.name for path in listing.images] == ["nuts"] * 2 + ["day1"] * 3 + ["day2"] * 4
+    assert {reason: len(paths) for reason, paths in listing.left_out.items()} == {
+        "links to a folder that is read already": 2,
+        "broken links": 1,
+    }
+    assert counts(root) == "9"
+
+
+def test_linked_folders_of_a_known_layout_are_read(tmp_path):
+    plant(tmp_path / "elsewhere", "#.png 3")
+    root = plant(
+        tmp_path / "data", "nut/train/good 1; nut/test/good/day 2; nut/test/dent/day 2; !nut/ground_truth/dent/day 2"
+    )
+    (root / "nut" / "train" / "good" / "link").symlink_to(tmp_path / "elsewhere")
+    assert counts(root, dataset_format="mvtec") == "4 2+2 2"
+
+
+FOREIGN = {
+    "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg": "thumbnails in @eadir",
+    "day/.@__thumb/a.jpg": "thumbnails",
+    "day/thumbs/a.jpg": "thumbnails",
+    ".DS_Store": "hidden files",
+    "day/._a.jpg": "hidden files",
+    ".cache/a.jpg": "hidden files",
+    "__MACOSX/day/a.jpg": "files of the system's",
+    "Thumbs.db": "files of the system's",
+    "desktop.ini": "files of the system's",
+    "notes.txt": ".txt: no images",
+    "a": "files without a suffix",
+    "a.CR2": ".cr2: no format that is read (",
+    "x.jpg/b.txt": "folders named like an image, which are searched",
+    "a.svg": ".svg: no format that is read (",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), FOREIGN.items())
+def test_what_is_no_image_is_left_out_with_its_reason(tmp_path, name, reason):
+    root = plant(tmp_path / "nuts", "day 2; #.JPG 1")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(BYTES[0, "jpg"] if Path(name).suffix == ".jpg" else b"neither")
+    listing = list_files(root)
+    assert len(listing.images) == 3 == len(load_dataset(root, all_good=True))
+    assert [found for found in listing.left_out if found.startswith(reason)]
+
+
+@pytest.mark.parametrize("name", "a.pgm a.PPM a.pnm a.gif a.jfif a.jpe a.dib a.webp a.TIFF a.bmp a.png".split())
+def test_all_formats_that_are_decoded_are_listed(tmp_path, name):
+    format = {".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM", ".jfif": "JPEG", ".jpe": "JPEG", ".dib": "BMP"}
+    suffix = Path(name).suffix.lower()
+    (tmp_path / name).write_bytes(encode(PHOTO, format.get(suffix, suffix[1:])))
+    (image,) = load_dataset(tmp_path).samples
+    assert decode(image.image).size == (8, 8)
+
+
+def test_a_phones_pictures_are_listed_only_where_they_can_be_read(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"")
+    listing = list_files(plant(tmp_path, "#.png 1"))
+    if importlib.util.find_spec("pillow_heif"):
+        assert len(listing.images) == 2
+    else:
+        assert list(listing.left_out) == [".heic: need pillow-heif, pip install 'rad-diffusion[heic]'"]
+
+
+# The summary
+
+
+def test_the_summary_tells_what_was_read_as_what(tmp_path):
+    root = plant(tmp_path / "nuts", "train/good 4; test/good 1; test/dent 2; !ground_truth/dent 1; validation/good 3")
+    (root / "notes.txt").write_text("dull")
+    Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10) * 999).save(root / "train" / "good" / "deep.png")
+    summary = summarise({split: load_dataset(root, split=split) for split in ("train", "test")}, root)
+    assert summary.roles == {
+        ("train, good", "train/good"): 5,
+        ("test, good", "test/good"): 1,
+        ("test, dent", "test/dent"): 2,
+    }
+    assert summary.masks == (1, 1) and summary.num_looked_at == 8
+    assert summary.sizes == {(8, 8): 7, (10, 6): 1} and summary.pixels == {"8-bit colour": 7, "16-bit grey": 1}
+    assert summary.left_out == {
+        ".txt: no images": 1,
+        "images in validation/good (of no split, or masks of no defect)": 3,
+    }
+    text, markdown = summary.to_text(), summary.to_markdown()
+    assert "5  train, good  train/good" in text and "| 2 | test, dent | `test/dent` |" in markdown
+    for line in (
+        "Masks: 1 of 2 defects have one",
+        "Size: 8 x 8 pixels in 7 images, 2 sizes in all",
+        "1 .txt: no images",
+    ):
+        assert line in text and line in markdown
+    assert str(tmp_path) not in text + markdown
+
+
+def test_the_summary_of_many_images_looks_at_some(tmp_path, monkeypatch):
+    root = plant(tmp_path / "nuts", "#.png 30")
+    monkeypatch.setattr("rad.data.summary.MAX_HEADERS", 10)
+    summary = summarise({"train": load_dataset(root)}, root)
+    assert summary.num_looked_at == 10 and "8 x 8 pixels (of 10 images looked at)" in summary.to_text()
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "compare", "ablate"])
+def test_a_dry_run_tells_what_is_read_and_stops(tmp_path, script, capsys):
+    root, module = plant(tmp_path / "nuts", "odd 5; weird 2"), importlib.import_module(script)
+    folder = "--train_data_dir" if script == "train" else "--data_dir"
+    given = [folder, str(root), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    with pytest.raises(ValueError, match="not clear which images"):
+        module.main(module.parse_args(given))
+    module.main(module.parse_args([*given, "--good", "odd", "--bad", "weird"]))
+    assert "4  train, good" in (told := capsys.readouterr().out) and "2  test, weird" in told
+    assert not (tmp_path / "out").exists()
