@@ -306,8 +306,8 @@ def draw(rows: list[dict]) -> Figure:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
-    print(summarise_folder(args, args.category).to_text(), flush=True)
     if args.dry_run:
+        print(summarise_folder(args, args.category).to_text())
         return []
     if "draem" in args.methods and importlib.util.find_spec("anomalib") is None:
         raise ImportError(
@@ -321,6 +321,8 @@ def main(args: argparse.Namespace) -> list[dict]:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
+
+    print(summarise_folder(args, args.category).to_text(), flush=True)
 
     # 1. What is there already; all of it must come from the same arguments
     pipeline = RADPipeline.load(args.model)

@@ -9,46 +9,47 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
-_GOOD = """good goods ok okay pass passed passes normal normals normality healthy clean intact perfect flawless faultless
-    defectless correct accept accepted acceptable conform conforming undamaged unbroken golden free nominal
-    valide io gut gute guter gutes gutteil gutteile fehlerfrei fehlerlos mangelfrei einwandfrei defektfrei
-    ordnung bon bons bonne bonnes conforme conformes sain saine bueno buenos buena buenas correcto correctos
-    aprobado aprobados sano buono buoni buona buone corretto corretti sano integro bom boa bons boas aprovado
-    aprovados perfeito normais"""
-_BAD = """bad ng nok nio ko def fail failed failing fails failure failures faulty fault faults defect defects defective
-    defectives defected abnormal abnormals abnormality abnormalities anomaly anomalies anomalous anomal reject
-    rejects rejected rejection damaged damage damages broken outlier outliers scrap nonconforming unacceptable
-    unhealthy incorrect wrong error errors schlecht schlechte schlechter schlechtteil schlechtteile fehler
-    fehlerhaft fehlerhafte defekt defekte ausschuss mangel maengel mangelhaft anomalie anomalien mauvais
-    mauvaise mauvaises defaut defauts defectueux defectueuse rebut rebuts anormal anormaux malo malos mala
-    malas defecto defectos defectuoso defectuosos defectuosa rechazado rechazados anomalia anomalias difetto
-    difetti difettoso difettosi difettosa scarto scarti cattivo cattivi anomalo ruim ruins defeito defeitos
-    defeituoso defeituosos defeituosa reprovado reprovados rejeitado"""
+_GOOD = """good goods ok okay pass passed passes normal normals normality healthy clean intact perfect flawless
+    faultless defectless correct accept accepted acceptable conform conforming undamaged unbroken golden
+    free nominal valide io gut gute guter gutes gutteil gutteile fehlerfrei fehlerlos mangelfrei
+    einwandfrei defektfrei ordnung bon bons bonne bonnes conforme conformes sain saine bueno buenos buena
+    buenas correcto correctos aprobado aprobados sano buono buoni buona buone corretto corretti sano
+    integro bom boa bons boas aprovado aprovados perfeito normais"""
+_BAD = """bad ng nok nio ko def fail failed failing fails failure failures faulty fault faults defect defects
+    defective defectives defected abnormal abnormals abnormality abnormalities anomaly anomalies
+    anomalous anomal reject rejects rejected rejection damaged damage damages broken outlier outliers
+    scrap nonconforming unacceptable unhealthy incorrect wrong error errors schlecht schlechte schlechter
+    schlechtteil schlechtteile fehler fehlerhaft fehlerhafte defekt defekte ausschuss mangel maengel
+    mangelhaft anomalie anomalien mauvais mauvaise mauvaises defaut defauts defectueux defectueuse rebut
+    rebuts anormal anormaux malo malos mala malas defecto defectos defectuoso defectuosos defectuosa
+    rechazado rechazados anomalia anomalias difetto difetti difettoso difettosi difettosa scarto scarti
+    cattivo cattivi anomalo ruim ruins defeito defeitos defeituoso defeituosos defeituosa reprovado
+    reprovados rejeitado"""
 _KINDS = """scratch scratches scratched dent dents dented crack cracks cracked hole holes stain stains contamination
-    missing bent chip chips chipped burr burrs rust corrosion pit pits pitting bubble bubbles scuff tear torn
-    squeezed misprint blowhole fray uneven kratzer riss risse delle beule rayure rayures fissure aranazo
-    grieta graffio graffi crepa risco trinca"""
+    missing bent chip chips chipped burr burrs rust corrosion pit pits pitting bubble bubbles scuff tear
+    torn squeezed misprint blowhole fray uneven kratzer riss risse delle beule rayure rayures fissure
+    aranazo grieta graffio graffi crepa risco trinca"""
 _NEGATIONS = "no non not without un nicht kein keine keinen ohne sans pas sin senza sem nao"
 _AFTER = "free frei less libre"  # "defect free"
 _TRAIN = """train training trainset fit learn learning traindata trainingsdaten lernen entrainement apprentissage
     entrenamiento addestramento treino treinamento"""
-_TEST = """test testing tests testset testdata testdaten eval evaluation holdout inference pruefung prufung essai prueba
-    pruebas prova teste testes"""
+_TEST = """test testing tests testset testdata testdaten eval evaluation holdout inference pruefung prufung essai
+    prueba pruebas prova teste testes"""
 _VALIDATION = "val valid validation dev validierung validacion validazione validacao"
 _MASK = """mask masks groundtruth gt gts label labels annotation annotations annot annots anno seg segm segmentation
     segmentations segmentationclass truth maske masken masque masques mascara mascaras maschera maschere
     etiqueta etiquetas etichetta etichette"""
-_IMAGE = """image images img imgs photo photos picture pictures pic pics data dataset rgb input inputs original originals
-    raw jpegimages bild bilder imagen imagenes immagine immagini imagem imagens foto fotos unlabeled
-    unlabelled unsorted unknown new all misc"""
-_PLACES = """camera cameras cam cams view views kamera side left right top bottom front back rear batch batches lot lots
-    charge los part parts teil teile sample samples set sets session sessions day shift line station machine
-    week month year date serial light exposure position pos angle run runs series group section folder dir
-    directory tray number nr monday tuesday wednesday thursday friday saturday sunday january february march
-    april may june july august september october november december jan feb mar apr jun jul aug sep oct nov dec
-    montag dienstag mittwoch donnerstag freitag samstag sonntag tag woche schicht linie lote lotes lotto
-    partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia giorno turno vue vista of the and in et
-    und de la"""
+_IMAGE = """image images img imgs photo photos picture pictures pic pics data dataset rgb input inputs original
+    originals raw jpegimages bild bilder imagen imagenes immagine immagini imagem imagens foto fotos
+    unlabeled unlabelled unsorted unknown new all misc"""
+_PLACES = """camera cameras cam cams view views kamera side left right top bottom front back rear batch batches lot
+    lots charge los part parts teil teile sample samples set sets session sessions day shift line station
+    machine week month year date serial light exposure position pos angle run runs series group section
+    folder dir directory tray number nr monday tuesday wednesday thursday friday saturday sunday january
+    february march april may june july august september october november december jan feb mar apr jun jul
+    aug sep oct nov dec montag dienstag mittwoch donnerstag freitag samstag sonntag tag woche schicht
+    linie lote lotes lotto partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia giorno turno
+    vue vista of the and in et und de la"""
 _WORDS = {
     **dict.fromkeys((_PLACES + _IMAGE).split(), "plain"),
     **dict.fromkeys(_PLACES.split(), "plain"),

@@ -14,14 +14,7 @@ from .listing import list_files
 
 MAX_HEADERS = 500  # images whose size and pixels are looked at
 MAX_ROWS = 40  # folders that are named
-BITS = {
-    "1": "1-bit",
-    "I": "32-bit grey",
-    "F": "float grey",
-    "L": "8-bit grey",
-    "P": "8-bit palette",
-    "CMYK": "8-bit CMYK",
-}
+BITS = {"1": "1-bit", "I": "32-bit grey", "F": "float grey", "L": "8-bit grey", "P": "8-bit palette"}
 
 
 @dataclass(frozen=True)
@@ -75,22 +68,14 @@ class DataSummary:
         rows = self.rows()
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"  {n.rjust(widths[0])}  {role.ljust(widths[1])}  {folder}" for n, role, folder in rows]
-        return "\n".join(
-            [f"What was read of {self.name}:", *lines, *(f"  {k}: {v}." for k, v in self.facts().items())]
-        )
+        facts = [f"  {name}: {fact}." for name, fact in self.facts().items()]
+        return "\n".join([f"What was read of {self.name}:", *lines, *facts])
 
     def to_markdown(self) -> str:
         """A table and a list, for a model card."""
         table = [f"| {n} | {role} | `{folder}` |" for n, role, folder in self.rows()]
-        return "\n".join(
-            [
-                "| images | role | folder |",
-                "|---|---|---|",
-                *table,
-                "",
-                *(f"- {k}: {v}." for k, v in self.facts().items()),
-            ]
-        )
+        facts = [f"- {name}: {fact}." for name, fact in self.facts().items()]
+        return "\n".join(["| images | role | folder |", "|---|---|---|", *table, "", *facts])
 
 
 def summarise(
@@ -111,11 +96,8 @@ def summarise(
         inside = root is not None and isinstance(sample.image, Path) and sample.image.is_relative_to(root)
         folder = sample.image.relative_to(root).parent.as_posix() if inside else sample.category
         roles[f"{split}, {sample.defect}", "the folder itself" if folder == "." else folder] += 1
-    rows = (
-        [data[i] for data in splits.values() if root is None for i in range(len(data))] if len(samples) < 1000 else []
-    )
-    defects = [s for s in (rows or [sample for _, _, sample in samples]) if s.label]
-    with_mask = sum(sample.mask is not None for sample in defects)
+    defects = [(split, i) for split, i, sample in samples if sample.label]
+    with_mask = sum(splits[split][i].mask is not None for split, i in defects)
 
     step = max(1, -(-len(samples) // MAX_HEADERS))
     picked = samples[::step]
@@ -169,9 +151,8 @@ def _left_out(root: Path, splits: Mapping[str, AnomalyDataset]) -> dict[str, int
     left_out = {reason: len(paths) for reason, paths in listing.left_out.items()}
     folders = Counter(path.relative_to(root).parent.as_posix() for path in unused)
     for folder, count in folders.most_common(10):
-        left_out[
-            f"images in {'the folder itself' if folder == '.' else folder} (of no split, or masks of no defect)"
-        ] = count
+        place = "the folder itself" if folder == "." else folder
+        left_out[f"images in {place} (of no split, or masks of no defect)"] = count
     if len(folders) > 10:
         left_out["more images of no split"] = sum(n for _, n in folders.most_common()[10:])
     return left_out

@@ -286,7 +286,7 @@ def test_flags_that_cannot_be_right(tmp_path, flags, message):
     ("names", "quality"),
     [
         (
-            "good OK i.O. N-Defect-Free nondefective NoDefects unbroken fehlerfrei in_Ordnung sin_defectos sem_defeito",
+            "good OK i.O. nondefective NoDefects unbroken fehlerfrei in_Ordnung sin_defectos sem_defeito",
             "good",
         ),
         ("ng NOK n.ok not_ok notgood n.i.O. nicht_ok abnormal Mängel pas_bon non_conforme 不合格 비정상 crack", "bad"),
