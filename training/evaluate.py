@@ -138,11 +138,11 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
-def summarise_data(args: argparse.Namespace) -> DataSummary:
-    """What is read of the data set that the arguments name."""
+def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` is what `load_data` gave, if it was asked."""
     if not args.dataset_name:
         return summarise_folder(args, args.category)
-    return summarise({"test": load_data(args)}, name=args.dataset_name)
+    return summarise({"test": dataset or load_data(args)}, name=Path(args.dataset_name).name)
 
 
 def false_alarm_rates(args: argparse.Namespace) -> list[float]:
@@ -312,7 +312,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     # 1. Score: one model after another, each on its categories
     dataset, models, found = load_data(args), {}, Found()
     if state.is_main_process:
-        print(summarise_data(args).to_text(), flush=True)
+        print(summarise_data(args, dataset).to_text(), flush=True)
     for i in evenly(len(dataset), args.max_test_samples):
         models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
     for model, indices in models.items():

@@ -84,11 +84,11 @@ def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
-def summarise_data(args: argparse.Namespace) -> DataSummary:
-    """What is read of the data set that the arguments name."""
+def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed."""
     if not args.dataset_name:
         return summarise_folder(args, args.category)
-    return summarise({"train": load_good_images(args)}, name=args.dataset_name)
+    return summarise({"train": dataset or load_good_images(args)}, name=Path(args.dataset_name).name)
 
 
 def decode_images(
@@ -395,7 +395,8 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # 1. Good images: decoded once; a share is kept away from training, for the thresholds
-    dataset, summary = load_good_images(args), summarise_data(args)
+    dataset = load_good_images(args)
+    summary = summarise_data(args, dataset)
     logger.info(summary.to_text())
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
