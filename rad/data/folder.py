@@ -131,7 +131,7 @@ def read_folder(
     unclear = [e for e in entries if e.quality == "both"]
     if unclear:
         raise refusal(root, f"{place(unclear[0])} says both good and bad")
-    entries = [by_file_name(entry, entries) for entry in entries]
+    entries = [by_file_name(entry) for entry in entries]
     entries = same_stem_masks(entries)
 
     # 2. What lies beside them
@@ -141,8 +141,7 @@ def read_folder(
         entries = [entry if entry.quality else replace(entry, quality="good") for entry in entries]
         return check_pictures(root, [replace(entry, category=name) for entry in entries])
     if not good:
-        for _ in range(2):  # what a train folder is may hang on what lies beside good test images
-            entries = [beside(entry, entries) for entry in entries]
+        entries = loose_train(beside(entries))
         lost = [entry for entry in entries if entry.quality is None]
         if lost:
             folders = ", ".join(f"{count} in {folder}" for folder, count in Counter(map(place, lost)).most_common(5))
@@ -195,7 +194,7 @@ def kind(entry: Entry, quality: str | None, words: list[Meaning]) -> str:
     return entry.folders[kinds[0]] if kinds else (entry.folders[-1] if entry.folders else "bad")
 
 
-def by_file_name(entry: Entry, entries: list[Entry]) -> Entry:
+def by_file_name(entry: Entry) -> Entry:
     """Takes the file's name for one that no folder tells of: "good_1.png" and "NG_2.png" in one folder."""
     if entry.quality or (word := meaning_of(entry.path.stem)).kind or not word.quality:
         return entry
@@ -219,23 +218,26 @@ def core(entry: Entry) -> tuple[str, ...]:
     return tuple(f for f, word in zip(entry.folders, words, strict=True) if word.quality or word.unknown)
 
 
-def beside(entry: Entry, entries: list[Entry]) -> Entry:
-    """Decides on an image that no word does: a defect if its folder lies beside that of good images, good if it lies
-    loose in a train folder while all of test are told apart."""
-    if entry.quality:
-        return entry
-    own = core(entry)
-    photos = [other for other in entries if other.quality != "mask"]
-    parents = {
-        _until_good(other) for other in photos if other.quality == "good" and not (other.split and not core(other))
-    }
-    if any(own[:i] in parents for i in range(len(own))):
-        i = next(i for i in range(len(own)) if own[:i] in parents)
-        return replace(entry, quality="bad", defect=own[i])
-    tested = [other for other in photos if other.split in ("test", "validation")]
-    if entry.split == "train" and not own and tested and all(other.quality for other in tested):
-        return replace(entry, quality="good")
-    return entry
+def beside(entries: list[Entry]) -> list[Entry]:
+    """Images that no word tells of are defects if their folder lies beside that of good images."""
+    good = [entry for entry in entries if entry.quality == "good"]
+    parents = {_until_good(entry) for entry in good if core(entry) or not entry.split}
+    found = []
+    for entry in entries:
+        own = core(entry)
+        at = next((i for i in range(len(own)) if own[:i] in parents), None)
+        is_defect = entry.quality is None and at is not None
+        found.append(replace(entry, quality="bad", defect=own[at]) if is_defect else entry)
+    return found
+
+
+def loose_train(entries: list[Entry]) -> list[Entry]:
+    """Images that no word tells of are good if they lie loose in a train folder and all of the test are told."""
+    tested = [entry for entry in entries if entry.split in ("test", "validation")]
+    if not tested or not all(entry.quality for entry in tested):
+        return entries
+    loose = [not entry.quality and entry.split == "train" and not core(entry) for entry in entries]
+    return [replace(e, quality="good") if is_loose else e for e, is_loose in zip(entries, loose, strict=True)]
 
 
 def _until_good(entry: Entry) -> tuple[str, ...]:
@@ -344,7 +346,7 @@ def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple
         raise refusal(root, f"all of them lie in {bad[0]}")
     masks = [entry for entry in entries if entry.quality == "mask"]
     if masks and not says_good:
-        raise refusal(root, f"{len(masks)} of them seem to be masks (such as {place(masks[0])}/{masks[0].path.name})")
+        raise refusal(root, f"{len(masks)} of them seem to be masks (such as {masks[0].path.relative_to(root)})")
     tests = [entry for entry in entries if entry.split == "test"]
     if tests:
         raise refusal(root, f"{place(tests[0])} tells train or test, but nothing tells good from bad")
@@ -363,11 +365,11 @@ def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple
 def label_files(listing: Listing) -> list[Path]:
     """Text files that tell of the images: named like one, like labels, or with an image's name in them."""
     names = {path.name for path in listing.images}
-    stems = {(path.parent, path.stem) for path in listing.images}
+    stems = {path.stem for path in listing.images}
 
     def tells(path: Path) -> bool:
         words = [meaning_of(path.stem), meaning_of(path.parent.name)]
-        if (path.parent, path.stem) in stems or any(word.mask for word in words) or words[0].quality:
+        if path.stem in stems or any(word.mask for word in words) or words[0].quality:
             return True
         if path.suffix.lower() == ".xlsx" or path.stat().st_size > MAX_LABEL_BYTES:
             return False

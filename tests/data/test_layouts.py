@@ -179,6 +179,7 @@ REFUSED = [
     ("photos 5; table.csv = 3.png,1", "the file table.csv seems to hold labels"),
     ("images 5; _annotations.coco.json = {}", "the file _annotations.coco.json seems to hold labels"),
     ("images 5; labels/3.txt = 0 0.5 0.5 0.1 0.1", "the file labels/3.txt seems to hold labels"),
+    ("imgs 5; json/3.json = {}", "the file json/3.json seems to hold labels"),
     ("good 5; bad/monday 2; !masks/tuesday/0.png 1; !masks/friday/0.png 1", "has two masks"),
     ("good 5; bad 2; !masks/x#.png 2", "None of the 2 defects in .* has a mask of its name"),
 ]
