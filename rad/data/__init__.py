@@ -6,11 +6,12 @@ from pathlib import Path
 
 from .btad import load_btad
 from .dataset import AnomalyDataset, Sample
+from .doubts import check_pictures
 from .folder import load_folder
 from .hub import load_hub_dataset
 from .listing import IMAGE_SUFFIXES
 from .mtd import load_mtd
-from .mvtec import load_mvtec, load_mvtec_ad_2, load_mvtec_loco
+from .mvtec import is_mvtec, load_mvtec, load_mvtec_ad_2, load_mvtec_loco
 from .real_iad import load_real_iad
 from .visa import load_visa
 
@@ -78,6 +79,8 @@ def load_dataset(
     samples = DATASET_FORMATS[dataset_format](root, split, categories, **told)
     if split != "test":
         samples = [sample for sample in samples if not sample.label]
+    if not (good or all_good):
+        check_pictures(root, [sample.image for sample in samples])
     if not samples:
         raise ValueError(f"No images for split {split!r} in {root}; accepted files: {', '.join(IMAGE_SUFFIXES)}.")
     return AnomalyDataset(samples)
@@ -85,16 +88,18 @@ def load_dataset(
 
 def detect_format(root: str | Path) -> str:
     """The layout that a folder looks like: one of `DATASET_FORMATS`."""
-    signs = {  # MVTec-AD's last of its family: the others show it too
+    signs = {
         "visa": "split_csv/1cls.csv",
         "real_iad": "realiad_jsons",
         "mtd": "MT_Free",
         "mvtec_ad_2": "*/test_public",
         "mvtec_loco": "*/test/logical_anomalies",
-        "mvtec": "*/train/good",
-        "btad": "*/train/ok",
     }
-    return next((name for name, sign in signs.items() if any(Path(root).glob(sign))), "folder")
+    root = Path(root)
+    found = next((name for name, sign in signs.items() if any(root.glob(sign))), None)
+    if found is None and any(root.glob("*/train/*")):
+        found = "mvtec" if is_mvtec(root) else "btad" if is_mvtec(root, good="ok") else None
+    return found or "folder"
 
 
 __all__ = [

@@ -15,21 +15,13 @@ A folder without a hint is one of good images, searched with its subfolders (day
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from ..image_processor import FORMATS
 from .dataset import Sample
-from .listing import Listing, images_under, list_files
+from .doubts import is_binary, kinds_of_names, label_files, refusal
+from .listing import LINKS, Listing, images_under, list_files
 from .roles import Meaning, mask_stem, meaning_of
-
-FLAGS = "--dataset_format folder --good GLOB --bad GLOB --masks GLOB, or --all_good if every image shows a good part"
-LABEL_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".xlsx")
-MAX_LABEL_BYTES = 20_000_000  # of a file that is searched for the names of images
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,7 @@ class Entry:
 
     Attributes:
         folders: Of the image, relative to the data folder, without those that all images share.
-        quality: "good", "bad", "mask" or None.
+        quality: "good", "bad", "mask", or None; what says "both" or "aside", neither, is refused.
         split: "train", "validation", "test" or None.
     """
 
@@ -84,13 +76,15 @@ def load_folder(
             f"{root} has no 'test' split: expected the folder good and one for each kind of defect, found "
             f"{sorted({entry.folders[0] for entry in entries if entry.folders})[:10] or 'no folders'}."
         )
-    find = MaskFinder([entry for entry in entries if entry.quality == "mask"])
+    find = MaskFinder(entries)
     samples = [
         Sample(entry.path, entry.category, entry.defect, find(entry) if entry.quality == "bad" else None)
         for category in (categories or available)
         for entry in divide([entry for entry in entries if entry.category == category and entry.quality != "mask"])
         if entry.split == split
     ]
+    if entries and not samples:
+        raise ValueError(f"{root} has no good images to train on: all lie in folders of tests.")
     defects = [sample for sample in samples if sample.label]
     if find.masks and defects and not any(sample.mask for sample in defects):
         raise ValueError(
@@ -126,11 +120,14 @@ def read_folder(
                 f"{twice[0].relative_to(root)} is named by two of --good, --bad and --masks: name it in one."
             )
     entries = [told(entry, said.get(entry.path)) for entry in entries]
+    if any(meaning_of(folder).split == "test" for folder in above):
+        entries = [replace(entry, split="test") for entry in entries]
     if good:
         entries = [e for e in entries if e.path in said or e.quality == "mask" or (not bad and e.quality == "bad")]
-    unclear = [e for e in entries if e.quality == "both"]
-    if unclear:
-        raise refusal(root, f"{place(unclear[0])} says both good and bad")
+    for quality, reason in (("both", "says both good and bad"), ("aside", "says neither good nor bad")):
+        unclear = [e for e in entries if e.quality == quality]
+        if unclear:
+            raise refusal(root, f"{place(unclear[0])} {reason}")
     entries = [by_file_name(entry) for entry in entries]
     entries = same_stem_masks(entries)
 
@@ -139,20 +136,18 @@ def read_folder(
     if not any(entry.quality for entry in photos):
         check_plain(root, entries, listing, above)
         entries = [entry if entry.quality else replace(entry, quality="good") for entry in entries]
-        return check_pictures(root, [replace(entry, category=name) for entry in entries])
+        return [replace(entry, category=name) for entry in entries]
     if not good:
         entries = loose_train(beside(entries))
         lost = [entry for entry in entries if entry.quality is None]
         if lost:
             folders = ", ".join(f"{count} in {folder}" for folder, count in Counter(map(place, lost)).most_common(5))
-            told_apart = sorted({place(entry) for entry in photos if entry.quality})[:5]
-            raise refusal(
-                root, f"some names tell good or bad ({', '.join(told_apart)}), but not of the images {folders}"
-            )
+            in_folders = {place(e) for e in photos if e.quality and any(meaning_of(f).quality for f in e.folders)}
+            names = sorted(in_folders or {e.path.name for e in photos if e.quality})[:5]
+            raise refusal(root, f"some names tell good or bad ({', '.join(names)}), but not of the images {folders}")
     if not any(entry.quality == "good" for entry in entries):
         raise refusal(root, f"all images seem to be defects ({place(photos[0])}), none good")
-    entries = [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
-    return entries if good else check_pictures(root, entries)
+    return [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
 
 
 def named(root: Path, globs: Sequence[str]) -> list[Path]:
@@ -178,8 +173,9 @@ def told(entry: Entry, said: str | None) -> Entry:
     words = [meaning_of(folder) for folder in entry.folders]
     splits = [word.split for word in words if word.split]
     qualities = {word.quality for word in words if word.quality}
-    is_mask = any(word.mask for word in words) or mask_stem(entry.path.stem) is not None
-    quality = said or ("mask" if is_mask else "both" if len(qualities) > 1 else next(iter(qualities), None))
+    is_mask = any(word.mask for word in words) or mask_stem(entry.path.stem) is not None or is_mask_alone(entry.path)
+    found = "both" if len(qualities) > 1 else next(iter(qualities), None)
+    quality = said or ("mask" if is_mask else "aside" if any(word.aside for word in words) else found)
     return replace(entry, quality=quality, split=splits[-1] if splits else None, defect=kind(entry, quality, words))
 
 
@@ -196,7 +192,8 @@ def kind(entry: Entry, quality: str | None, words: list[Meaning]) -> str:
 
 def by_file_name(entry: Entry) -> Entry:
     """Takes the file's name for one that no folder tells of: "good_1.png" and "NG_2.png" in one folder."""
-    if entry.quality or (word := meaning_of(entry.path.stem)).kind or not word.quality:
+    word = meaning_of(entry.path.stem)
+    if entry.quality or word.kind or not word.quality:
         return entry
     return replace(entry, quality=word.quality, defect="good" if word.quality == "good" else "bad")
 
@@ -232,9 +229,11 @@ def beside(entries: list[Entry]) -> list[Entry]:
 
 
 def loose_train(entries: list[Entry]) -> list[Entry]:
-    """Images that no word tells of are good if they lie loose in a train folder and all of the test are told."""
+    """Images that no word tells of are good if they lie loose in a train folder, without any that words call good, and
+    all of the test are told."""
     tested = [entry for entry in entries if entry.split in ("test", "validation")]
-    if not tested or not all(entry.quality for entry in tested):
+    is_told = any(entry.quality == "good" and entry.split == "train" for entry in entries)
+    if is_told or not tested or not all(entry.quality for entry in tested):
         return entries
     loose = [not entry.quality and entry.split == "train" and not core(entry) for entry in entries]
     return [replace(e, quality="good") if is_loose else e for e, is_loose in zip(entries, loose, strict=True)]
@@ -288,48 +287,53 @@ def divide(entries: list[Entry]) -> list[Entry]:
     return good + bad
 
 
+def is_mask_alone(path: Path) -> bool:
+    """Whether a name says "mask" and not of which image: "mask.png" beside "image.png"."""
+    return meaning_of(path.stem) == Meaning(mask=True) and mask_stem(path.stem) is None
+
+
 class MaskFinder:
     """Finds the mask of a defect by its name and, where several bear it, by the folders that both lie in.
 
     Args:
-        masks: All there are.
+        entries: All there are; a mask without an image's name is that of the only image in its folder.
     """
 
-    def __init__(self, masks: list[Entry]) -> None:
-        self.masks, self.by_stem = masks, {}
-        for mask in masks:
-            for stem in {mask.path.stem, mask_stem(mask.path.stem) or mask.path.stem}:
+    def __init__(self, entries: list[Entry]) -> None:
+        self.masks, self.by_stem = [entry for entry in entries if entry.quality == "mask"], {}
+        photos = Counter(entry.path.parent for entry in entries if entry.quality != "mask")
+        for mask in self.masks:
+            stems = {mask.path.stem, mask_stem(mask.path.stem) or mask.path.stem}
+            if is_mask_alone(mask.path) and photos[mask.path.parent] == 1:
+                stems = {str(mask.path.parent)}
+            for stem in stems:
                 self.by_stem.setdefault(stem.casefold(), []).append(mask)
 
     def __call__(self, entry: Entry) -> Path | None:
         """Raises ValueError if two masks fit alike."""
         own = Counter(map(str.casefold, entry.folders))
 
+        def folders(mask: Entry) -> list[str]:  # "scratch" of "scratch_masks"
+            return [(mask_stem(folder) or folder).casefold() for folder in mask.folders]
+
         def fit(mask: Entry) -> int:
-            return sum((own & Counter(map(str.casefold, mask.folders))).values())
+            return sum((own & Counter(folders(mask))).values())
 
         def is_of_another(mask: Entry) -> bool:
-            words = {folder: meaning_of(folder) for folder in mask.folders}
-            kinds = [f for f, word in words.items() if word.quality == "good" or word.kind or word.unknown]
-            return any(word.mask for word in words.values()) and any(
-                folder.casefold() not in own for folder in kinds if not words[folder].mask
+            words = [meaning_of(folder) for folder in mask.folders]
+            return any(word.mask for word in words) and any(
+                (word.quality == "good" or word.kind or (word.unknown and not word.mask)) and folder not in own
+                for folder, word in zip(folders(mask), words, strict=True)
             )
 
-        found = self.by_stem.get(entry.path.stem.casefold(), ())
-        found = sorted((mask for mask in found if not is_of_another(mask)), key=fit, reverse=True)
+        keys = (entry.path.stem, str(entry.path.parent))
+        found = [mask for key in keys for mask in self.by_stem.get(key.casefold(), ()) if not is_of_another(mask)]
+        found.sort(key=fit, reverse=True)
         if len(found) > 1 and fit(found[0]) == fit(found[1]):
             raise ValueError(
                 f"{entry.path} has two masks, {found[0].path} and {found[1].path}: keep one, or name it by --masks."
             )
         return found[0].path if found else None
-
-
-# -- what is refused -------------------------------------------------------------------------------------------------
-
-
-def refusal(root: Path, reason: str) -> ValueError:
-    """The sentence that says what is not clear, and how to say it."""
-    return ValueError(f"It is not clear which images in {root} are good: {reason}. Say it with {FLAGS}.")
 
 
 def place(entry: Entry) -> str:
@@ -349,72 +353,23 @@ def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple
         raise refusal(root, f"{len(masks)} of them seem to be masks (such as {masks[0].path.relative_to(root)})")
     tests = [entry for entry in entries if entry.split == "test"]
     if tests:
-        raise refusal(root, f"{place(tests[0])} tells train or test, but nothing tells good from bad")
+        folder = tests[0].path.parent.relative_to(root)
+        raise refusal(root, f"{folder} tells train or test, but nothing tells good from bad")
+    links = [path.name for path in listing.left_out.get(LINKS, ()) if meaning_of(path.name).quality]
+    if links:
+        raise refusal(root, f"the link {links[0]} tells good or bad of a folder that is read by another name")
     if says_good:
         return
     groups = {core(entry) for entry in entries}
     firsts = {entry.folders[:1] for entry in entries}
-    if len(groups) > 1 or firsts == {("0",), ("1",)}:
+    are_classes = len(firsts) > 1 and firsts == {(str(number),) for number in range(len(firsts))}
+    if len(groups) > 1 or are_classes:
         names = Counter(map(place, entries))
         raise refusal(root, f"it holds {', '.join(f'{n} in {p}' for p, n in sorted(names.items())[:8])}")
-    labels = label_files(listing)
+    kinds = kinds_of_names([entry.path for entry in entries])
+    if kinds:
+        told = ", ".join(f"{count} {kind or 'others'}" for kind, count in sorted(kinds.items())[:8])
+        raise refusal(root, f"its files bear the names of several kinds: {told}")
+    labels = label_files(root, listing)
     if labels:
         raise refusal(root, f"the file {labels[0].relative_to(root)} seems to hold labels, which are not read")
-
-
-def label_files(listing: Listing) -> list[Path]:
-    """Text files that tell of the images: named like one, like labels, or with an image's name in them."""
-    names = {path.name for path in listing.images}
-    stems = {path.stem for path in listing.images}
-
-    def tells(path: Path) -> bool:
-        words = [meaning_of(path.stem), meaning_of(path.parent.name)]
-        if path.stem in stems or any(word.mask for word in words) or words[0].quality:
-            return True
-        if path.suffix.lower() == ".xlsx" or path.stat().st_size > MAX_LABEL_BYTES:
-            return False
-        text = path.read_text(encoding="utf-8", errors="replace")
-        return any(name in text for name in names)
-
-    paths = sorted(path for group in listing.left_out.values() for path in group)
-    return [p for p in paths if p.suffix.lower() in LABEL_SUFFIXES and p.is_file() and p.name[0] != "." and tells(p)]
-
-
-def check_pictures(root: Path, entries: list[Entry]) -> list[Entry]:
-    """The entries, unless some good images look like masks; raises ValueError then."""
-    good = [entry for entry in entries if entry.quality == "good"]
-    with ThreadPoolExecutor() as pool:
-        binary = [
-            entry for entry, found in zip(good, pool.map(is_binary, [e.path for e in good]), strict=True) if found
-        ]
-    if binary:
-        raise refusal(
-            root,
-            f"{len(binary)} of {len(good)} pictures are black and white as masks are (such as "
-            f"{binary[0].path.relative_to(root)})",
-        )
-    return entries
-
-
-def is_binary(path: Path) -> bool:
-    """Whether a picture has two grey values only, or next to only black and white, as masks do.
-
-    Only what is small for its pixels, as such pictures are when they are compressed, is decoded.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            small = path.stat().st_size < 2048 + 0.1 * image.width * image.height
-            if image.format in ("PNG", "JPEG", "WEBP", "GIF") and not small:
-                return False
-            if image.mode in ("P", "PA", "LA", "RGBA"):
-                image = image.convert("RGB")
-            pixels = np.asarray(image)
-    except Exception:  # what cannot be read is told by who decodes it
-        return False
-    pixels = pixels[..., :3] if pixels.ndim == 3 else pixels[..., None]
-    if (pixels != pixels[..., :1]).any() or pixels.min() == pixels.max():  # coloured, or of one value
-        return False
-    grey = pixels[..., 0]
-    if ((grey == grey.min()) | (grey == grey.max())).all():
-        return True
-    return grey.dtype == np.uint8 and bool(((grey <= 4) | (grey >= 251)).mean() > 0.995 and grey.min() <= 4)

@@ -25,9 +25,13 @@ _UNREAD_SUFFIXES = set(  # pictures all the same
     """.avif .heic .heif .hif .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .jp2 .j2k .jxl .psd .exr .hdr .dcm .npy
     .svg .eps .ico .pcx .tga .fits .mp4 .avi .mov .mkv""".split()
 )
+_COMPANIONS = (_UNREAD_SUFFIXES - {".npy"}) | set(".xmp .aae .thm .pp3 .dop .md .pdf .log .py .zip".split())
 _THUMBNAILS = {"@eadir", ".@__thumb", "@__thumb", "thumbs", "thumbnails", ".thumbnails"}
-_SYSTEM_FOLDERS = {"__macosx", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"}
+_SYSTEM_FOLDERS = {"__macosx", "system volume information", "lost+found", "$recycle.bin", "#recycle", "@recycle"}
+_SYSTEM_FOLDERS |= {"#snapshot", "@recently-snapshot"}
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+
+LINKS = "links to a folder that is read already"
 
 
 @dataclass
@@ -63,6 +67,11 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not foreign(Path(path.name)) and path.is_file()
 
 
+def is_companion(path: Path) -> bool:
+    """Whether a file is one that lies beside photos and tells nothing of them: a raw picture, a film, notes."""
+    return path.suffix.lower() in _COMPANIONS
+
+
 def list_images(folder: Path) -> list[Path]:
     """Image files directly in a folder, sorted by name."""
     return sorted(filter(is_image, folder.iterdir()))
@@ -87,7 +96,7 @@ def list_files(root: Path) -> Listing:
         if not folders:  # what can be reached without a link has been
             link = links.pop(0)
             if os.path.realpath(link) in seen:
-                found.skip("links to a folder that is read already", link)
+                found.skip(LINKS, link)
                 continue
             seen.add(os.path.realpath(link))
             folders.append(link)

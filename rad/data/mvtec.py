@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .dataset import Sample, find_mask, pick_categories, wrong_layout
 from .listing import images_under, list_images, subfolders
+from .roles import mask_stem, meaning_of
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -29,6 +30,29 @@ def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> l
         return find_mask(category / "ground_truth" / defect, image.stem)
 
     return load_categories(root, split, categories, "MVTec-AD", mask)
+
+
+def is_mvtec(root: Path, good: str = "good") -> bool:
+    """Whether a folder holds MVTec-AD's layout, or BTAD's with another `good`, and nothing that it does not know."""
+    paths = [path.relative_to(root) for path in images_under(root)]
+
+    def fits(folders: tuple[str, ...]) -> bool:
+        role, kind = folders[1:3] if len(folders) > 2 else ("", "")
+        if role == "ground_truth":
+            return True
+        below = map(meaning_of, folders[3:])
+        if any(word.quality or word.mask or word.aside for word in below):
+            return False
+        told = meaning_of(kind)
+        return kind == good or (role == "test" and not (told.quality == "good" or told.mask or told.aside))
+
+    folders = {path.parts[:-1] for path in paths}
+    return (
+        all(map(fits, folders))
+        and any(f[1:3] == ("train", good) for f in folders)
+        and all(f[1] in ("train", "test", "ground_truth") for f in folders)
+        and not any(mask_stem(path.stem) for path in paths if path.parts[1] != "ground_truth")
+    )
 
 
 def load_mvtec_ad_2(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:

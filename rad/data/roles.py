@@ -30,18 +30,23 @@ _KINDS = """scratch scratches scratched dent dents dented crack cracks cracked h
     torn squeezed misprint blowhole fray uneven kratzer riss risse delle beule rayure rayures fissure
     aranazo grieta graffio graffi crepa risco trinca"""
 _NEGATIONS = "no non not without un nicht kein keine keinen ohne sans pas sin senza sem nao"
-_AFTER = "free frei less libre"  # "defect free"
+_AFTER = "free frei less libre なし 無し 없음"  # "defect free"
 _TRAIN = """train training trainset fit learn learning traindata trainingsdaten lernen entrainement apprentissage
     entrenamiento addestramento treino treinamento"""
 _TEST = """test testing tests testset testdata testdaten eval evaluation holdout inference pruefung prufung essai
     prueba pruebas prova teste testes"""
 _VALIDATION = "val valid validation dev validierung validacion validazione validacao"
-_MASK = """mask masks groundtruth gt gts label labels annotation annotations annot annots anno seg segm segmentation
-    segmentations segmentationclass truth maske masken masque masques mascara mascaras maschera maschere
+_MASK = """mask masks groundtruth gt gts label labels lbl lbls annotation annotations annot annots anno seg segm
+    segmentation segmentations segmentationclass truth maske masken masque masques mascara mascaras maschera maschere
     etiqueta etiquetas etichetta etichette"""
 _IMAGE = """image images img imgs photo photos picture pictures pic pics data dataset rgb input inputs original
     originals raw jpegimages bild bilder imagen imagenes immagine immagini imagem imagens foto fotos
-    unlabeled unlabelled unsorted unknown new all misc"""
+    new neuer nuova nueva nouveau all img dcim dsc dscn dscf dscn pxl mvimg whatsapp copy kopie copia frame
+    frames"""
+_ASIDE = """unsure unclear uncertain borderline ignore ignored trash discard discarded unknown unlabeled unlabelled
+    unsorted misc todo old backup backups archive reference references template templates screenshot screenshots
+    depth xyz pointcloud heatmap heatmaps overlay overlays annotated pred preds prediction predictions
+    visualization visualizations result results output outputs augmented augmentation processed unklar unbekannt alt"""
 _PLACES = """camera cameras cam cams view views kamera side left right top bottom front back rear batch batches lot
     lots charge los part parts teil teile sample samples set sets session sessions day shift line station
     machine week month year date serial light exposure position pos angle run runs series group section
@@ -49,11 +54,12 @@ _PLACES = """camera cameras cam cams view views kamera side left right top botto
     february march april may june july august september october november december jan feb mar apr jun jul
     aug sep oct nov dec montag dienstag mittwoch donnerstag freitag samstag sonntag tag woche schicht
     linie lote lotes lotto partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia giorno turno
-    vue vista of the and in et und de la"""
+    vue vista links rechts oben unten vorne hinten vorderseite rueckseite ruckseite mai juni juli oktober
+    dezember marz maerz januar februar kw sn id ordner canon nikon apple msdcf
+    of the and in at et und de la mit with"""
 _WORDS = {
-    **dict.fromkeys((_PLACES + _IMAGE).split(), "plain"),
-    **dict.fromkeys(_PLACES.split(), "plain"),
-    **dict.fromkeys(_IMAGE.split(), "plain"),
+    **dict.fromkeys(f"{_PLACES} {_IMAGE}".split(), "plain"),
+    **dict.fromkeys(_ASIDE.split(), "aside"),
     **dict.fromkeys(_TRAIN.split(), "train"),
     **dict.fromkeys(_TEST.split(), "test"),
     **dict.fromkeys(_VALIDATION.split(), "validation"),
@@ -65,19 +71,19 @@ _WORDS = {
     "ground": "ground",  # ground truth
 }
 _ASIAN = {  # written without spaces: found anywhere, the longest first
-    "good": "良品 良好 合格 正常 无缺陷 無缺陷 无瑕疵 欠陥なし 欠陥無し 異常なし 異常無し 양품 정상 합격 무결함 好",
+    "good": "良品 良好 合格 正常 양품 양호 정상 합격 무결함 好 なし 無し 없음",
     "bad": """不良品 不良 不合格 不正常 非正常 异常 異常 缺陷 瑕疵 次品 废品 廢品 欠陥 不具合 비정상 불량품 불량 이상
         불합격 결함 坏""",
     "kind": "划痕 裂纹 刮痕 傷 キズ 스크래치",
+    "not": "没有 沒有 无 無",
     "train": "训练 訓練 学習 學習 학습 훈련",
     "test": "测试 測試 テスト 評価 检验 테스트 시험 평가",
     "validation": "验证 驗證 検証 검증",
     "mask": "掩码 掩膜 掩模 标注 標註 标签 遮罩 マスク ラベル 正解 마스크 라벨 정답",
-    "plain": "图像 图片 照片 圖像 画像 写真 이미지 사진 相机 批次 카메라 品",
+    "plain": "图像 图片 照片 圖像 画像 写真 이미지 사진 相机 批次 카메라 品 有 あり 있음",
 }
-_ASIAN_WORDS = sorted(
-    ((word, role) for role, words in _ASIAN.items() for word in words.split()), key=lambda x: -len(x[0])
-)
+_ASIAN_WORDS = {word: role for role, words in _ASIAN.items() for word in words.split()}
+_ASIAN_PATTERN = re.compile(f"({'|'.join(sorted(_ASIAN_WORDS, key=len, reverse=True))})")
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Meaning:
         kind: Whether what it calls bad is a kind of defect, such as "scratch".
         split: "train", "test", "validation" or None.
         mask: It is of masks or other labels.
+        aside: It is of images that are neither good nor bad, such as those not looked at yet, or no photos at all.
         unknown: Some of it is not understood.
     """
 
@@ -96,6 +103,7 @@ class Meaning:
     kind: bool = False
     split: str | None = None
     mask: bool = False
+    aside: bool = False
     unknown: bool = False
 
 
@@ -117,6 +125,7 @@ def meaning_of(name: str) -> Meaning:
         kind="kind" in qualities,
         split=splits[-1] if splits else None,
         mask="mask" in roles,
+        aside="aside" in roles,
         unknown="unknown" in roles or (not found and ("not" in roles or roles == ["ground"])),
     )
 
@@ -142,24 +151,23 @@ def _latin(text: str) -> str:
 
 
 def _is_free(name: str) -> bool:
-    return re.search("|".join(_AFTER.split()), _latin(name)) is not None
+    return any(word in _latin(name) or word in name for word in _AFTER.split())
 
 
 def _roles(name: str) -> list[str]:
     """The roles of the words of a name, in order."""
-    roles, text = [], unicodedata.normalize("NFKC", name)
-    for word, role in _ASIAN_WORDS:
-        if word in text:
-            roles.append(role)
-            text = text.replace(word, " ")
+    text = unicodedata.normalize("NFKC", name)
     text = re.sub(r"\b(n?)[.]?i[.]o\b[.]?", r"\1io", text, flags=re.IGNORECASE)  # (nicht) in Ordnung
     text = re.sub(r"\bn[-_. /]?(ok|io)\b", r"n\1", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", text)
-    for token in re.findall(r"[^\W\d_]+", _latin(text)):
-        if len(token) == 1:
-            continue
-        roles += _split(token)
-    return roles
+    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z]([a-z]|\b|_|\d))", " ", text)
+    roles = []
+    for part in _ASIAN_PATTERN.split(text):
+        if part in _ASIAN_WORDS:
+            roles.append(_ASIAN_WORDS[part])
+        else:
+            tokens = re.findall(r"[^\W\d_]+", _latin(part))
+            roles += [role for token in tokens if len(token) > 1 for role in _split(token)]
+    return roles or (["unknown"] if re.fullmatch(r"[^\W\d_]", text) else [])
 
 
 @cache

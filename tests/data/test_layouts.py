@@ -98,6 +98,14 @@ READ = [
     ("正常 5; 异常 3", "4 1+3"),
     ("합격 5; 불합격 3", "4 1+3"),
     ("good_#.png 5; bad_#.png 3", "4 1+3"),
+    ("有缺陷 3; 没有缺陷 5", "4 1+3"),
+    ("キズあり 3; キズなし 5", "4 1+3"),
+    ("불량 없음 5; 불량 있음 3", "4 1+3"),
+    ("with defects 3; without_defects 5", "4 1+3"),
+    ("ungood 3; goodParts 5", "4 1+3"),
+    ("00_OK 5; 01_NG_scratch 3", "4 1+3"),
+    ("img_#_ok.jpg 5; img_#_ng.jpg 3", "4 1+3"),
+    ("lot1/good 5; lot1/bad 1; lot2/good 5; lot2/scratch 2", "8 2+3"),
     ("OK-#.jpg 5; NG-#.jpg 3", "4 1+3"),
     # Train and test
     ("train/normal 5; test/abnormal 3", "5 0+3"),
@@ -114,6 +122,13 @@ READ = [
     ("train/good 5; val/good 2; test/good 1; test/bad 3", "5 1+3"),
     ("train/good 5; test/good 1; test/dent 2; !ground_truth/dent/#_mask.png 2", "5 1+2 2"),
     ("训练/良品 5; 测试/良品 1; 测试/不良品 2", "5 1+2"),
+    ("train/ok_front 5; train/def_front 4; test/ok_front 1; test/def_front 3", "5 1+3"),
+    ("images/train/good 5; images/train/bad 3; images/val/good 2; images/val/bad 2", "5 2+5"),
+    ("nut/train/good 5; nut/Test/ok 2; nut/Test/ng 3", "5 2+3"),
+    ("nut/train/good 5; nut/test/normal 2; nut/test/ng 3", "5 2+3"),
+    ("nut/train/ok 5; nut/test/OK 2; nut/test/NG 3", "5 2+3"),
+    ("a/train/Good 5; a/test/Bad 3; b/train/good 4; b/test/bad 2; c/OK 5; c/NG 1", "13 1+6"),
+    ("nut/train/good 5; nut/test/film/good 2; nut/test/film/anomaly 3", "5 2+3"),
     # Masks
     ("good 5; !ground_truth 5", "5"),
     ("good 5; bad 3; !masks 2", "4 1+3 2"),
@@ -127,13 +142,23 @@ READ = [
     ("good 5; bad/#.jpg 2; !bad/mask-#.png 2", "4 1+2 2"),
     ("Data/Images/Normal 5; Data/Images/Anomaly 2; !Data/Masks/Anomaly 2", "4 1+2 2"),
     ("OK/S0001 5; NG/AK/S0001/#.jpg 2; !NG/AK/S0001/#.png 2", "4 1+2 2"),
+    ("nut/train/good/#.jpg 5; !nut/train/good/#_mask.png 5; nut/test/good 2", "5 2+0"),
+    ("nut/train/good 5; nut/test/bad/images 2; !nut/test/bad/masks 2", "5 0+2 2"),
+    ("nut/train/good 5; nut/test/good/img 1; nut/test/ungood/img 2; !nut/test/ungood/label 2", "5 1+2 2"),
+    ("good 5; scratch 1; !scratch_masks 1; dent 1; !dent_masks 1", "4 1+2 2"),
+    ("good 5; bad/1/image.png 1; !bad/1/mask.png 1; bad/2/image.png 1; !bad/2/mask.png 1", "4 1+2 2"),
     # Plain
     ("#.png 5", "5"),
     ("photos 5", "5"),
     ("#.png 2; camera2 3", "5"),
     ("camera1 2; camera2 3", "5"),
     ("2024-05-01 2; 2024-05-02/batch_03 3", "5"),
-    ("A 2; B 3", "5"),
+    ("LineA 2; LineB 3", "5"),
+    ("links 2; KW12 3", "5"),
+    ("M6 2; M8 3", "5"),
+    ("DCIM/100CANON/IMG_#.jpg 2; DCIM/101CANON 3", "5"),
+    ("nut_left_#.png 3; nut_right_#.png 2", "5"),
+    ("#.png 5; 0.xmp = <x/>; log.txt = dull; config.json = {'exposure': 3}", "5"),
     ("IMG_#.jpg 3; DSC_#.jpg 3; notes.txt = what I saw; readme.md = 0.png", "6"),
     ("good 5", "5"),
     ("nuts/good 5", "5"),
@@ -142,6 +167,30 @@ READ = [
     ("bad lighting/good 5", "5"),
 ]
 REFUSED = [
+    ("good 5; bad 3; unsure 2", "unsure says neither good nor bad"),
+    ("good 5; Augmented 2", "Augmented says neither good nor bad"),
+    ("images 5; overlay 5", "overlay says neither good nor bad"),
+    ("nut/train/good/rgb 5; nut/train/good/xyz 5; nut/test/hole/rgb 2", "good/xyz says neither good nor bad"),
+    ("nut/train/good 5; nut/train/good/bad 2; nut/test/bad 2", "good/bad says both good and bad"),
+    ("nut/train/good 5; nut/train/#.png 4; nut/test/bad 2", "but not of the images 4 in train"),
+    ("nut/train/good/#.jpg 5; !nut/train/good/x#.png 2; nut/test/good 2", "2 of 7 pictures are black and white"),
+    ("good 5; bad/img 3; !bad/spots 3", "pictures are black and white as masks are .*bad/spots"),
+    ("kos01/Part#.jpg 3; !kos01/Part#_label.bmp 3", "3 of them seem to be masks"),
+    ("crazing_#.jpg 3; patches_#.jpg 3", "its files bear the names of several kinds: 3 crazing, 3 patches"),
+    ("scratch_#.jpg 3; dent_#.jpg 3", "its files bear the names of several kinds: 3 dent, 3 scratch"),
+    ("#_temp.jpg 3; #_test.jpg 3", "its files bear the names of several kinds: 3 temp, 3 test"),
+    ("#.jpg 3; #_depth.png 3", "its files bear the names of several kinds: 3 others, 3 depth"),
+    ("#_label_0.jpg 3; #_label_1.jpg 3", "6 of them seem to be masks"),
+    ("A 5; B 4", "holds 5 in A, 4 in B"),
+    ("0 5; 1 4; 2 4", "holds 5 in 0, 4 in 1, 4 in 2"),
+    ("D/CD 5; D/UD 4", "holds 5 in CD, 4 in UD"),
+    ("part_#.png 5; part_1#_NG.png 2", r"part_10_NG.png, part_11_NG.png\), but not of the images 5"),
+    ("#.png 5; classes.txt = ok", "the file classes.txt seems to hold labels"),
+    ("#.png 5; results.csv = filename,label", "the file results.csv seems to hold labels"),
+    ("#.png 5; a.csv = ImageId_ClassId,EncodedPixels", "the file a.csv seems to hold labels"),
+    ("#.png 5; meta.jsonl = {'file_name': '0.png'}", "the file meta.jsonl seems to hold labels"),
+    ("#.png 5; masks/0.npy = 3", "the file masks/0.npy seems to hold labels"),
+    ("#.png 5; 0.mat = 3", "the file 0.mat seems to hold labels"),
     ("images 5; !masks 5", r"5 of them seem to be masks \(such as masks/0.png\)"),
     ("#.png 5; !ground_truth 2", "2 of them seem to be masks"),
     ("#.jpg 5; !#_mask.png 5", "seem to be masks"),
@@ -149,7 +198,7 @@ REFUSED = [
     ("Class1/Train 5; !Class1/Train/Label/#_label.png 1; Class1/Test 2", "seem to be masks"),
     ("!#.png 5", r"5 of 5 pictures are black and white as masks are \(such as 0.png\)"),
     ("#.jpg 5; !x#.png 1", r"1 of 6 pictures are black and white .*x0.png"),
-    ("good/#.jpg 5; !good/x#.png 1; bad 2", r"1 of 6 pictures are black and white .*good/x0.png"),
+    ("good/#.jpg 5; !good/x#.png 1; bad 2", r"1 of 5 pictures are black and white .*good/x0.png"),
     ("bottle 5; cable 4", "holds 5 in bottle, 4 in cable"),
     ("#.png 5; odd 4", r"holds 4 in odd, 5 in the folder itself"),
     ("0 5; 1 4", "holds 5 in 0, 4 in 1"),
@@ -163,7 +212,7 @@ REFUSED = [
     ("#.png 5; scratch 4", "but not of the images 5 in the folder itself"),
     ("good 5; #.png 4", "but not of the images 4 in the folder itself"),
     ("good 5; 2024-05-01 4", r"some names tell good or bad \(good\), but not of the images 4 in 2024-05-01"),
-    ("good 5; unlabelled 4", "but not of the images 4 in unlabelled"),
+    ("good 5; unlabelled 4", "unlabelled says neither good nor bad"),
     ("bottle/good 5; bottle/bad 1; cable 4", "but not of the images 4 in cable"),
     ("good_#.png 5; #.png 4", "but not of the images 4 in the folder itself"),
     ("train 5; test 4", "test tells train or test, but nothing tells good from bad"),
@@ -340,6 +389,20 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
         "broken links": 1,
     }
     assert counts(root) == "9"
+
+
+def test_a_link_that_tells_good_from_bad_is_not_lost(tmp_path):
+    root = plant(tmp_path / "nuts", "day1 5; day2 3")
+    (root / "NG").symlink_to(root / "day2")
+    with pytest.raises(ValueError, match="the link NG tells good or bad of a folder that is read by another name"):
+        load_dataset(root)
+
+
+def test_good_images_of_a_test_folder_are_not_trained_on(tmp_path):
+    root = plant(tmp_path / "nuts", "test/good 5; test/bad 3")
+    assert len(load_dataset(root, split="test")) == 8
+    with pytest.raises(ValueError, match="has no good images to train on: all lie in folders of tests"):
+        load_dataset(root)
 
 
 def test_linked_folders_of_a_known_layout_are_read(tmp_path):
