@@ -17,6 +17,7 @@ FLAGS = "--dataset_format folder --good GLOB --bad GLOB --masks GLOB, or --all_g
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".html")
 LABEL_WORDS = r"\b(labels?|class|classes|class ?id|categor(y|ies)|annotations?|shapes|bbox|defects?|target|verdict)\b"
 MAX_CHARACTERS = 2_000_000  # of a file that is searched for the names of images
+MAX_VALUES = 8  # of masks' pixels
 MAX_KINDS = 50  # names of more kinds are taken for names without a system
 
 
@@ -72,30 +73,42 @@ def check_pictures(root: Path, paths: Sequence[Path]) -> None:
     if binary:
         raise refusal(
             root,
-            f"{len(binary)} of {len(paths)} pictures are black and white as masks are (such as "
+            f"{len(binary)} of {len(paths)} pictures are of few values as masks are (such as "
             f"{binary[0].relative_to(root)})",
         )
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a picture has two grey values only, or next to only black and white, as masks do.
+    """Whether a picture has few values, black among them, or next to only black and white, as masks do.
 
-    Only what is small for its pixels, as such pictures are when they are compressed, is decoded.
+    Only what is small for its pixels, as such pictures are when they are compressed, or has few values is decoded.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             small = path.stat().st_size < 2048 + 0.1 * image.width * image.height
-            if image.format in ("PNG", "JPEG", "WEBP", "GIF") and not small:
+            if not small and (image.format not in ("BMP", "TIFF", "PPM") or has_many_values(path)):
                 return False
             if image.mode in ("P", "PA", "LA", "RGBA"):
                 image = image.convert("RGB")
             pixels = np.asarray(image)
     except Exception:  # what cannot be read is told by who decodes it
         return False
-    pixels = pixels[..., :3] if pixels.ndim == 3 else pixels[..., None]
-    if (pixels != pixels[..., :1]).any() or pixels.min() == pixels.max():  # coloured, or of one value
+    if pixels.ndim == 3:  # a number for each colour
+        is_grey = (pixels == pixels[..., :1]).all()
+        pixels = pixels[..., 0] if is_grey else pixels[..., :3].astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    values = np.unique(pixels.ravel()[::101])
+    if len(values) <= MAX_VALUES:
+        values = np.unique(pixels)
+    if len(values) == 1:
         return False
-    grey = pixels[..., 0]
-    if ((grey == grey.min()) | (grey == grey.max())).all():
+    if values[0] == 0 and len(values) <= max(2, min(MAX_VALUES, pixels.size // 64)):
         return True
-    return grey.dtype == np.uint8 and bool(((grey <= 4) | (grey >= 251)).mean() > 0.995 and grey.min() <= 4)
+    has_both = pixels.dtype == np.uint8 and values[0] <= 8 and values[-1] >= 247
+    return has_both and bool(((pixels <= 8) | (pixels >= 247)).mean() > 0.98)
+
+
+def has_many_values(path: Path) -> bool:
+    """Whether a file, of pixels as they are, has more values in its middle than masks have."""
+    with path.open("rb") as file:
+        file.seek(path.stat().st_size // 2)
+        return len(set(file.read(1 << 16))) > 16

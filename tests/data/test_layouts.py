@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rad.data import load_dataset
+from rad.data.doubts import is_binary
 from rad.data.listing import list_files
 from rad.data.roles import is_good, mask_stem, meaning_of
 from rad.data.summary import summarise
@@ -173,8 +174,8 @@ REFUSED = [
     ("nut/train/good/rgb 5; nut/train/good/xyz 5; nut/test/hole/rgb 2", "good/xyz says neither good nor bad"),
     ("nut/train/good 5; nut/train/good/bad 2; nut/test/bad 2", "good/bad says both good and bad"),
     ("nut/train/good 5; nut/train/#.png 4; nut/test/bad 2", "but not of the images 4 in train"),
-    ("nut/train/good/#.jpg 5; !nut/train/good/x#.png 2; nut/test/good 2", "2 of 7 pictures are black and white"),
-    ("good 5; bad/img 3; !bad/spots 3", "pictures are black and white as masks are .*bad/spots"),
+    ("nut/train/good/#.jpg 5; !nut/train/good/x#.png 2; nut/test/good 2", "2 of 7 pictures are of few values"),
+    ("good 5; bad/img 3; !bad/spots 3", "pictures are of few values as masks are .*bad/spots"),
     ("kos01/Part#.jpg 3; !kos01/Part#_label.bmp 3", "3 of them seem to be masks"),
     ("crazing_#.jpg 3; patches_#.jpg 3", "its files bear the names of several kinds: 3 crazing, 3 patches"),
     ("scratch_#.jpg 3; dent_#.jpg 3", "its files bear the names of several kinds: 3 dent, 3 scratch"),
@@ -196,9 +197,9 @@ REFUSED = [
     ("#.jpg 5; !#_mask.png 5", "seem to be masks"),
     ("train/#.png 5; !train/#_GT.png 5", "seem to be masks"),
     ("Class1/Train 5; !Class1/Train/Label/#_label.png 1; Class1/Test 2", "seem to be masks"),
-    ("!#.png 5", r"5 of 5 pictures are black and white as masks are \(such as 0.png\)"),
-    ("#.jpg 5; !x#.png 1", r"1 of 6 pictures are black and white .*x0.png"),
-    ("good/#.jpg 5; !good/x#.png 1; bad 2", r"1 of 5 pictures are black and white .*good/x0.png"),
+    ("!#.png 5", r"5 of 5 pictures are of few values as masks are \(such as 0.png\)"),
+    ("#.jpg 5; !x#.png 1", r"1 of 6 pictures are of few values .*x0.png"),
+    ("good/#.jpg 5; !good/x#.png 1; bad 2", r"1 of 5 pictures are of few values .*good/x0.png"),
     ("bottle 5; cable 4", "holds 5 in bottle, 4 in cable"),
     ("#.png 5; odd 4", r"holds 4 in odd, 5 in the folder itself"),
     ("0 5; 1 4", "holds 5 in 0, 4 in 1"),
@@ -370,6 +371,36 @@ def test_labels_of_the_hub_are_understood_by_the_same_words(label, good):
 )
 def test_names_of_masks(stem, image):
     assert mask_stem(stem) == image
+
+
+# Pictures
+
+SPOT = np.pad(np.ones((10, 12), np.uint8), ((20, 90), (9, 99)))
+NOISE = np.random.default_rng(0).integers(90, 130, (120, 120), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "is_mask"),
+    [
+        ("a.png", SPOT * 255, True),
+        ("a.png", SPOT, True),
+        ("a.jpg", SPOT * 255, True),
+        ("a.bmp", SPOT * 255, True),
+        ("a.tif", SPOT.astype(np.uint16), True),
+        ("a.tif", SPOT.astype(np.float32), True),
+        ("a.png", SPOT[..., None] * np.array([128, 0, 0], np.uint8), True),
+        ("a.png", SPOT + np.roll(SPOT, 40, 0) * 2 + np.roll(SPOT, 60, 0) * 3, True),
+        ("a.png", SPOT * 0, False),
+        ("a.png", 120 + SPOT * 100, False),
+        ("a.png", NOISE, False),
+        ("a.bmp", NOISE, False),
+        ("a.jpg", NOISE * (1 - SPOT), False),
+        ("a.tif", NOISE.astype(np.uint16) * 40, False),
+    ],
+)
+def test_pictures_that_look_like_masks_are_known(tmp_path, name, pixels, is_mask):
+    Image.fromarray(pixels).save(tmp_path / name)
+    assert is_binary(tmp_path / name) == is_mask
 
 
 # Files
