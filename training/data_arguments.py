@@ -21,8 +21,7 @@ def add_data_arguments(add: Callable[..., Any], categories: str = "Categories to
 
 
 def data_folder(args: argparse.Namespace) -> Path:
-    train_data_dir = getattr(args, "train_data_dir", None)
-    return Path(train_data_dir).resolve() if train_data_dir else Path(args.data_dir)
+    return Path(getattr(args, "train_data_dir", None) or args.data_dir).expanduser().resolve()
 
 
 def load_split(args: argparse.Namespace, split: str, categories: list[str] | None = None) -> AnomalyDataset:

@@ -62,7 +62,7 @@ def load_dataset(
         raise ValueError(
             f"dataset_format must be auto or one of {', '.join(DATASET_FORMATS)}, got {dataset_format!r}."
         )
-    root = Path(root)
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"The data folder {root} does not exist.")
     told = {"good": good, "bad": bad, "masks": masks, "all_good": all_good}
@@ -95,7 +95,7 @@ def detect_format(root: str | Path) -> str:
         "mvtec_ad_2": "*/test_public",
         "mvtec_loco": "*/test/logical_anomalies",
     }
-    root = Path(root)
+    root = Path(root).expanduser()
     found = next((name for name, sign in signs.items() if any(root.glob(sign))), None)
     if found is None and any(root.glob("*/train/*")):
         found = "mvtec" if is_mvtec(root) else "btad" if is_mvtec(root, good="ok") else None

@@ -16,11 +16,12 @@ A folder without a hint is one of good images, searched with its subfolders (day
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .dataset import Sample
 from .doubts import is_binary, kinds_of_names, label_files, refusal
-from .listing import LINKS, Listing, images_under, list_files
+from .listing import LINKS, Listing, list_files
 from .roles import Meaning, mask_stem, meaning_of
 
 
@@ -110,15 +111,13 @@ def read_folder(
         return [replace(entry, quality="good", category=name) for entry in entries]
 
     # 1. What globs and the names of folders say
-    said = {
-        path: role for role, globs in (("good", good), ("bad", bad), ("mask", masks)) for path in named(root, globs)
-    }
+    said: dict[Path, str] = {}
     for role, globs in (("good", good), ("bad", bad), ("mask", masks)):
-        twice = [path for path in named(root, globs) if said[path] != role]
-        if twice:
-            raise ValueError(
-                f"{twice[0].relative_to(root)} is named by two of --good, --bad and --masks: name it in one."
-            )
+        for path in named(root, listing.images, globs):
+            if said.setdefault(path, role) != role:
+                raise ValueError(
+                    f"{path.relative_to(root)} is named by two of --good, --bad and --masks: name it in one."
+                )
     entries = [told(entry, said.get(entry.path)) for entry in entries]
     if any(meaning_of(folder).split == "test" for folder in above):
         entries = [replace(entry, split="test") for entry in entries]
@@ -142,30 +141,37 @@ def read_folder(
         lost = [entry for entry in entries if entry.quality is None]
         if lost:
             folders = ", ".join(f"{count} in {folder}" for folder, count in Counter(map(place, lost)).most_common(5))
-            in_folders = {place(e) for e in photos if e.quality and any(meaning_of(f).quality for f in e.folders)}
-            names = sorted(in_folders or {e.path.name for e in photos if e.quality})[:5]
+            names = sorted({place(e) if e.folders else e.path.name for e in photos if e.quality})[:5]
             raise refusal(root, f"some names tell good or bad ({', '.join(names)}), but not of the images {folders}")
     if not any(entry.quality == "good" for entry in entries):
         raise refusal(root, f"all images seem to be defects ({place(photos[0])}), none good")
     return [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
 
 
-def named(root: Path, globs: Sequence[str]) -> list[Path]:
-    """Images that globs, relative to a folder, name.
+def named(root: Path, images: list[Path], globs: Sequence[str]) -> list[Path]:
+    """Those of the images that globs, relative to a folder, name, or in a folder that they name.
 
     Raises:
-        ValueError: One finds no images, or leads out of the folder.
+        ValueError: One names no images, or leads out of the folder.
     """
     found = []
     for glob in globs:
         if Path(glob).is_absolute() or ".." in Path(glob).parts:
             raise ValueError(f"The glob {glob!r} must be relative to the data folder {root}.")
-        paths = sorted(root.glob(glob)) if glob else []
-        images = [image for path in paths for image in (images_under(path) if path.is_dir() else [path])]
-        if not images:
+        matching = [path for path in images if glob and matches(path.relative_to(root).parts, Path(glob).parts)]
+        if not matching:
             raise ValueError(f"The glob {glob!r} finds no images in {root}.")
-        found += images
+        found += matching
     return found
+
+
+def matches(parts: tuple[str, ...], globs: tuple[str, ...]) -> bool:
+    """Whether a path, or a folder above it, matches a glob; links are followed, other than by `Path.glob`."""
+    if not globs:
+        return True
+    if globs[0] == "**":
+        return any(matches(parts[i:], globs[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatchcase(parts[0], globs[0]) and matches(parts[1:], globs[1:])
 
 
 def told(entry: Entry, said: str | None) -> Entry:

@@ -14,6 +14,7 @@ from .listing import list_files
 
 MAX_HEADERS = 500  # images whose size and pixels are looked at
 MAX_ROWS = 40  # folders that are named
+MAX_LEFT_OUT = 10  # likewise of what is left out
 BITS = {"1": "1-bit", "I": "32-bit grey", "F": "float grey", "L": "8-bit grey", "P": "8-bit palette"}
 
 
@@ -73,7 +74,8 @@ class DataSummary:
 
     def to_markdown(self) -> str:
         """A table and a list, for a model card."""
-        table = [f"| {n} | {role} | `{folder}` |" for n, role, folder in self.rows()]
+        rows = [[cell.replace("|", "/") for cell in row] for row in self.rows()]
+        table = [f"| {n} | {role} | `{folder}` |" for n, role, folder in rows]
         facts = [f"- {name}: {fact}." for name, fact in self.facts().items()]
         return "\n".join(["| images | role | folder |", "|---|---|---|", *table, "", *facts])
 
@@ -150,9 +152,10 @@ def _left_out(root: Path, splits: Mapping[str, AnomalyDataset]) -> dict[str, int
         unused = [path for path in unused if path.resolve() not in real]
     left_out = {reason: len(paths) for reason, paths in listing.left_out.items()}
     folders = Counter(path.relative_to(root).parent.as_posix() for path in unused)
-    for folder, count in folders.most_common(10):
-        place = "the folder itself" if folder == "." else folder
-        left_out[f"images in {place} (of no split, or masks of no defect)"] = count
-    if len(folders) > 10:
-        left_out["more images of no split"] = sum(n for _, n in folders.most_common()[10:])
+    if unused:
+        named = [f"{n} in {'the folder itself' if f == '.' else f}" for f, n in folders.most_common(MAX_LEFT_OUT)]
+        more = [f"{len(folders) - len(named)} more folders"] if len(folders) > len(named) else []
+        left_out[f"images of no split or category asked for, or masks of no defect ({', '.join(named + more)})"] = len(
+            unused
+        )
     return left_out

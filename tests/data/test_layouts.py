@@ -304,6 +304,9 @@ FLAGS = [
     ("train/odd 5; test/odd 2; test/weird 1", {"good": ["*/odd"], "bad": ["*/weird"]}, "5 2+1"),
     ("good 5; bad 4", {"all_good": True}, "9"),
     ("#.png 5; !#_mask.png 2", {"all_good": True}, "7"),
+    ("odd 5; odd/day 4; weird 2; a.txt = a", {"good": ["./odd/"], "bad": ["weird/*.png"]}, "8 1+2"),
+    ("a/odd 5; b/c/odd 4; b/weird 2", {"good": ["**/odd"], "bad": ["**/weird"]}, "8 1+2"),
+    ("odd 5; #.png 4", {"good": ["."]}, "9"),
     ("bottle 5; cable/day 4; labels.csv = 0.png,1", {"all_good": True}, "9"),
 ]
 
@@ -318,6 +321,8 @@ def test_flags_say_what_names_do_not(tmp_path, tree, flags, expected):
     [
         ({"good": ["nuts"]}, "The glob 'nuts' finds no images"),
         ({"good": ["odd"], "bad": ["o*"]}, "odd/0.png is named by two of --good, --bad and --masks"),
+        ({"good": ["a.txt"]}, "The glob 'a.txt' finds no images"),
+        ({"good": [""]}, "The glob '' finds no images"),
         ({"good": ["/tmp"]}, "must be relative to the data folder"),
         ({"good": ["../*"]}, "must be relative to the data folder"),
         ({"good": ["odd"], "all_good": True}, "give it without good, bad and masks"),
@@ -327,7 +332,7 @@ def test_flags_say_what_names_do_not(tmp_path, tree, flags, expected):
 )
 def test_flags_that_cannot_be_right(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
-        load_dataset(plant(tmp_path, "odd 5; strange 3"), **flags)
+        load_dataset(plant(tmp_path, "odd 5; strange 3; a.txt = a"), **flags)
 
 
 # Words
@@ -420,6 +425,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path):
         "broken links": 1,
     }
     assert counts(root) == "9"
+    assert counts(root, good=["day?"]) == "7"
 
 
 def test_a_link_that_tells_good_from_bad_is_not_lost(tmp_path):
@@ -508,7 +514,7 @@ def test_the_summary_tells_what_was_read_as_what(tmp_path):
     assert summary.sizes == {(8, 8): 7, (10, 6): 1} and summary.pixels == {"8-bit colour": 7, "16-bit grey": 1}
     assert summary.left_out == {
         ".txt: no images": 1,
-        "images in validation/good (of no split, or masks of no defect)": 3,
+        "images of no split or category asked for, or masks of no defect (3 in validation/good)": 3,
     }
     text, markdown = summary.to_text(), summary.to_markdown()
     assert "5  train, good  train/good" in text and "| 2 | test, dent | `test/dent` |" in markdown
