@@ -112,3 +112,12 @@ def has_many_values(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(path.stat().st_size // 2)
         return len(set(file.read(1 << 16))) > 16
+
+
+def can_be_opened(path: Path) -> bool:
+    """Whether a file's header is an image's."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:
+        return False

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .dataset import Sample
-from .doubts import is_binary, kinds_of_names, label_files, refusal
+from .doubts import can_be_opened, is_binary, kinds_of_names, label_files, refusal
 from .listing import LINKS, Listing, list_files
 from .roles import Meaning, mask_stem, meaning_of
 
@@ -127,8 +127,7 @@ def read_folder(
         unclear = [e for e in entries if e.quality == quality]
         if unclear:
             raise refusal(root, f"{place(unclear[0])} {reason}")
-    entries = [by_file_name(entry) for entry in entries]
-    entries = same_stem_masks(entries)
+    entries = same_stem_masks(by_file_names(entries))
 
     # 2. What lies beside them
     photos = [entry for entry in entries if entry.quality != "mask"]
@@ -196,12 +195,20 @@ def kind(entry: Entry, quality: str | None, words: list[Meaning]) -> str:
     return entry.folders[kinds[0]] if kinds else (entry.folders[-1] if entry.folders else "bad")
 
 
-def by_file_name(entry: Entry) -> Entry:
-    """Takes the file's name for one that no folder tells of: "good_1.png" and "NG_2.png" in one folder."""
-    word = meaning_of(entry.path.stem)
-    if entry.quality or word.kind or not word.quality:
-        return entry
-    return replace(entry, quality=word.quality, defect="good" if word.quality == "good" else "bad")
+def by_file_names(entries: list[Entry]) -> list[Entry]:
+    """Takes files' names for those that no folder tells of: "good_1.png" and "NG_2.png" in one folder.
+
+    A single "broken.png" that cannot be opened is just that.
+    """
+    words = [meaning_of(entry.path.stem) for entry in entries]
+    told = [i for i, word in enumerate(words) if word.quality and not word.kind and entries[i].quality is None]
+    if len(told) == 1 and not can_be_opened(entries[told[0]].path):
+        return entries
+    found = list(entries)
+    for i in told:
+        quality = words[i].quality
+        found[i] = replace(entries[i], quality=quality, defect="good" if quality == "good" else "bad")
+    return found
 
 
 def same_stem_masks(entries: list[Entry]) -> list[Entry]:
