@@ -26,10 +26,10 @@ _UNREAD_SUFFIXES = set(  # pictures all the same
     .svg .eps .ico .pcx .tga .fits .mp4 .avi .mov .mkv""".split()
 )
 _COMPANIONS = (_UNREAD_SUFFIXES - {".npy"}) | set(".xmp .aae .thm .pp3 .dop .md .pdf .log .py .zip".split())
-_THUMBNAILS = {"@eadir", ".@__thumb", "@__thumb", "thumbs", "thumbnails", ".thumbnails"}
+_THUMBNAILS = {"@eadir", ".@__thumb", "@__thumb", "thumb", "thumbs", "thumbnails", ".thumbnails"}
 _SYSTEM_FOLDERS = {"__macosx", "system volume information", "lost+found", "$recycle.bin", "#recycle", "@recycle"}
 _SYSTEM_FOLDERS |= {"#snapshot", "@recently-snapshot"}
-_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
 
 LINKS = "links to a folder that is read already"
 
@@ -92,27 +92,36 @@ def list_files(root: Path) -> Listing:
     counts twice and no loop is endless."""
     found, seen = Listing(), {os.path.realpath(root)}
     folders, links = [root], []
+
+    def search(folder: Path) -> None:
+        real = os.path.realpath(folder)
+        if real in seen:  # in what a link leads to
+            found.skip(LINKS, folder)
+        else:
+            seen.add(real)
+            folders.append(folder)
+
     while folders or links:
         if not folders:  # what can be reached without a link has been
-            link = links.pop(0)
-            if os.path.realpath(link) in seen:
-                found.skip(LINKS, link)
-                continue
-            seen.add(os.path.realpath(link))
-            folders.append(link)
-        for path in sorted(folders.pop().iterdir()):
+            search(links.pop(0))
+            continue
+        folder = folders.pop()
+        if not os.access(folder, os.R_OK | os.X_OK):
+            found.skip("folders that may not be read", folder)
+            continue
+        for path in sorted(folder.iterdir()):
             reason = foreign(Path(path.name))
             if path.is_dir():
                 if path.suffix.lower() in IMAGE_SUFFIXES:
                     found.skip("folders named like an image, which are searched", path)
                 if reason:
-                    for hidden in path.rglob("*") if path.name.lower() in _THUMBNAILS else [path]:
+                    inside = path.rglob("*") if path.name.lower() in _THUMBNAILS else [path]
+                    for hidden in (each for each in inside if each == path or not each.is_dir()):
                         found.skip(reason, hidden)
                 elif path.is_symlink():
                     links.append(path)
                 else:
-                    seen.add(os.path.realpath(path))
-                    folders.append(path)
+                    search(path)
             elif reason or not is_image(path):
                 found.skip(reason or _why_no_image(path), path)
             else:

@@ -41,8 +41,8 @@ _MASK = """mask masks groundtruth gt gts label labels lbl lbls annotation annota
     etiqueta etiquetas etichetta etichette"""
 _IMAGE = """image images img imgs photo photos picture pictures pic pics data dataset rgb input inputs original
     originals raw jpegimages bild bilder imagen imagenes immagine immagini imagem imagens foto fotos
-    new neuer nuova nueva nouveau all img dcim dsc dscn dscf dscn pxl mvimg whatsapp copy kopie copia frame
-    frames"""
+    png jpg jpeg bmp tif tiff webp new neuer nuova nueva nouveau all dcim dsc dscn dscf pxl mvimg whatsapp copy
+    kopie copia frame frames"""
 _ASIDE = """unsure unclear uncertain borderline ignore ignored trash discard discarded unknown unlabeled unlabelled
     unsorted misc todo old backup backups archive reference references template templates screenshot screenshots
     depth xyz pointcloud heatmap heatmaps overlay overlays annotated pred preds prediction predictions
