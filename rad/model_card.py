@@ -30,6 +30,7 @@ def create_model_card(
     title: str | None = None,
     metrics: Mapping[str, Mapping[str, float | str]] | None = None,
     training: str | Mapping[str, object] | None = None,
+    summary: str | None = None,
     picture: str | None = None,
     caption: str = "From left to right: input, anomaly map with the regions that raise the alarm, restored.",
     license: str = "apache-2.0",
@@ -47,6 +48,7 @@ def create_model_card(
             "pixel_ap" and "aupro" are known, others keep their names. They also become the `model-index`; a text in
             place of a value, why there is none, does not.
         training: How it was trained: Markdown, or facts by name such as {"Command": "...", "Steps": 3500}.
+        summary: Of the data that it was trained on: Markdown, as from `rad.data.summary`.
         picture: File name in the repository of a picture of real results, as from `results_figure`.
         caption: What it shows.
         license, datasets, base_model, tags: Metadata of the Hub; the tags are added to the usual ones.
@@ -94,6 +96,8 @@ def create_model_card(
         facts = isinstance(training, Mapping)
         text = "\n".join(f"- {name}: {value}" for name, value in training.items()) if facts else training
         paragraphs.append("## How it was trained\n\n" + text)
+    if summary:
+        paragraphs.append("## Data\n\n" + summary)
     paragraphs.append(_use_and_limits(pipeline))
     return ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(paragraphs) + "\n")
 

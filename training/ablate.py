@@ -28,6 +28,7 @@ import torch
 from ablations import ABLATIONS, Ablation, Evaluation
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import parse_flag_from_env
+from data_arguments import add_data_arguments, load_split, summarise_folder
 from launching import share_cores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ from raw_maps import Passes, RawMaps, refit, split_good, store
 from tqdm.auto import tqdm
 
 from rad import RADPipeline, data
-from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
+from rad.data import AnomalyDataset
 from rad.data.dataset import evenly
 from rad.data.drawn import DrawnDefects
 from rad.evaluation import (
@@ -68,9 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--data_dir", required=True, help="Folder of the data set that the model was trained on.")
-    parser.add_argument(
-        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of that folder."
-    )
+    add_data_arguments(parser.add_argument, "Looked at by --dry_run; the ablations take the model's own.")
     parser.add_argument("--holdout_fraction", type=float, default=0.2, help="As it was in training.")
     parser.add_argument("--max_train_samples", type=int, help="As it was in training.")
     parser.add_argument("--seed", type=int, default=0, help="As it was in training; also of the pasted defects.")
@@ -274,6 +273,9 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
 
 
 def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
+    if args.dry_run:
+        print(summarise_folder(args, args.category).to_text())
+        return None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # of processes whose share is done
     accelerator, output_dir = Accelerator(cpu=cpu, kwargs_handlers=[patience]), Path(args.output_dir)
@@ -294,12 +296,14 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         raise ValueError(f"--timesteps {further} are not all on the respaced chain; the nearest that are: {nearest}.")
 
     # 1. Images: of those held out, one half gives statistics to the other, which gets defects
-    dataset = load_dataset(args.data_dir, args.dataset_format, "train", categories)
+    dataset = load_split(args, "train", categories)
+    if accelerator.is_main_process:
+        print(summarise_folder(args, categories).to_text(), flush=True)
     train, statistics, others = split_good(args, dataset, normality.config.num_scores)
     good = [Truth(i, dataset.samples[i].category, "good", None) for i in sorted(statistics + others)]
     sets = {
         "pasted": DrawnDefects(AnomalyDataset([dataset.samples[i] for i in others]), len(others), args.seed),
-        "test": load_dataset(args.data_dir, args.dataset_format, "test", categories),
+        "test": load_split(args, "test", categories),
     }
     picked = {
         "pasted": range(2 * len(others)),

@@ -2,15 +2,15 @@
 
 import argparse
 
+from data_arguments import add_data_arguments
 from diffusers.optimization import SchedulerType
 
-from rad.data import DATASET_FORMATS
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
 from rad.models.unet_rad import NAMED_CONFIGS
 from rad.pipeline_loading import EMBEDDED_MODELS
 
 # What may differ between a run and the one that continues it; all else must be as it was
-FREE_ARGUMENTS = """train_data_dir cache_dir dataloader_num_workers cache_images skip_unreadable output_dir
+FREE_ARGUMENTS = """train_data_dir dry_run cache_dir dataloader_num_workers cache_images skip_unreadable output_dir
     overwrite_output_dir train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs
     gradient_checkpointing allow_tf32 mixed_precision checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint logging_steps report_to validation_steps num_validation_images evaluate push_to_hub
@@ -41,15 +41,14 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="Folder of the data set; good images are trained on.")
-    add("--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Its layout.")
+    add_data_arguments(add, "Categories to train on, as one unified model; by default all.")
     add("--dataset_name", help="Hub id of a data set, in place of --train_data_dir.")
     add("--dataset_config_name", help="Configuration of the Hub data set.")
     add("--dataset_split", default="train", help="Split of the Hub data set.")
     add("--image_column", default="image", help="Column of the Hub data set with the images.")
     add("--category_column", help="Column that tells what an image shows; without, all show the same.")
-    add("--label_column", help="Column with 0 or 'good' for good images; without, all are good.")
+    add("--label_column", help="Column with 0, 'good', 'OK' or the like for good images; without, all are good.")
     add("--cache_dir", help="Where downloads from the Hub are kept.")
-    add("--category", nargs="+", help="Categories to train on, as one unified model; by default all.")
     add("--max_train_samples", type=positive, help="Take this many good images at most, picked at random.")
     add("--holdout_fraction", type=fraction, help="Good images kept for the thresholds; 0.2 by default.")
     add(

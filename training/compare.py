@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_arguments import add_data_arguments, data_folder, load_split, summarise_folder
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from peers import METHODS, RAD, Peer
@@ -40,7 +41,6 @@ from safetensors.torch import load_file, save, save_file
 from tqdm.auto import tqdm
 
 from rad import RADPipeline
-from rad.data import DATASET_FORMATS, load_dataset
 from rad.data.batches import to_pixels
 from rad.data.dataset import evenly
 from rad.evaluation import (
@@ -73,10 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--data_dir", required=True, help="Folder of the data set.")
-    parser.add_argument(
-        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of that folder."
-    )
-    parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
+    add_data_arguments(parser.add_argument)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "draem"])
     parser.add_argument("--refit", nargs="+", choices=METHODS, default=[], help="Methods to fit and measure anew.")
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
@@ -117,9 +114,9 @@ def peak_memory() -> float:
 def marks_of(method: str, category: str, pipeline: RADPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """All that a method's numbers for one category depend on: of a peer beside the code, of the pipeline with it."""
     files = [
-        (os.path.relpath(sample.image, args.data_dir), sample.image.stat().st_size, sample.defect)
+        (os.path.relpath(sample.image, data_folder(args)), sample.image.stat().st_size, sample.defect)
         for split in ("train", "test")
-        for sample in load_dataset(args.data_dir, args.dataset_format, split, [category]).samples
+        for sample in load_split(args, split, [category]).samples
     ]
     if method == "rad":
         model = {"weights": hash_pipeline(pipeline).hexdigest(), "code": hash_code().hexdigest()}
@@ -152,7 +149,7 @@ def fit(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None:
     for category, mark in marks.items():
         torch.manual_seed(args.seed)
         peer = METHODS[method](pipeline, args)
-        samples = load_dataset(args.data_dir, args.dataset_format, "train", [category]).samples
+        samples = load_split(args, "train", [category]).samples
         picked = np.random.default_rng(args.seed).permutation(len(samples))[: args.max_train_samples]
         resize = peer.processor.resize
         images = torch.stack([to_pixels(resize(samples[i].image)[0]) for i in tqdm(picked, desc="Decoding")])
@@ -181,7 +178,7 @@ def score(method: str, marks: dict[str, dict], args: argparse.Namespace) -> None
     pipeline = RADPipeline.load(args.model).to(args.device)
     for category, mark in marks.items():
         peer = load_peer(method, category, pipeline, args)
-        test = load_dataset(args.data_dir, args.dataset_format, "test", [category])
+        test = load_split(args, "test", [category])
         picked = evenly(len(test), args.max_test_samples)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=args.output_dir) as folder:
             peak_memory()
@@ -210,7 +207,7 @@ def time_in_turns(categories: list[str], args: argparse.Namespace) -> dict[str, 
     for number, category in enumerate(categories):
         peers = {method: load_peer(method, category, pipeline, args) for method in args.methods}
         share = len(range(number, args.latency_images, len(categories)))  # of the images
-        test = load_dataset(args.data_dir, args.dataset_format, "test", [category])
+        test = load_split(args, "test", [category])
         for peer in peers.values():  # the first pass is slower
             peer.score([test.samples[0].image], category)
         for turn, i in enumerate(tqdm(evenly(len(test), share), desc="Timing")):
@@ -309,6 +306,9 @@ def draw(rows: list[dict]) -> Figure:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
+    if args.dry_run:
+        print(summarise_folder(args, args.category).to_text())
+        return []
     if "draem" in args.methods and importlib.util.find_spec("anomalib") is None:
         raise ImportError(
             "The method draem needs anomalib: pip install -r requirements-bench.txt, or leave draem out of --methods."
@@ -322,11 +322,13 @@ def main(args: argparse.Namespace) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
 
+    print(summarise_folder(args, args.category).to_text(), flush=True)
+
     # 1. What is there already; all of it must come from the same arguments
     pipeline = RADPipeline.load(args.model)
-    categories, seen = load_dataset(args.data_dir, args.dataset_format, "test", args.category).categories, Survey()
+    categories, seen = load_split(args, "test", args.category).categories, Survey()
     for category in categories:
-        test = load_dataset(args.data_dir, args.dataset_format, "test", [category])
+        test = load_split(args, "test", [category])
         seen += survey(test, evenly(len(test), args.max_test_samples))
     seen.check()
     print("\n".join(seen.sentences()), flush=True)

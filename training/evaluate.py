@@ -22,16 +22,18 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
+from data_arguments import add_data_arguments, load_split, summarise_folder
 from launching import share_cores
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from tqdm.auto import tqdm
 
 from rad import RADPipeline, __version__
-from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset, load_hub_dataset
+from rad.data import AnomalyDataset, load_hub_dataset
 from rad.data.dataset import evenly
 from rad.data.drawn import DrawnDefects
 from rad.data.masks import resize_mask
+from rad.data.summary import DataSummary, summarise
 from rad.evaluation import (
     LIBRARIES,
     Record,
@@ -66,16 +68,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data_dir", help="Folder of the data set.")
     data.add_argument("--dataset_name", help="Data set of the Hub.")
-    parser.add_argument(
-        "--dataset_format", default="auto", choices=("auto", *DATASET_FORMATS), help="Layout of --data_dir."
-    )
+    add_data_arguments(parser.add_argument)
     parser.add_argument("--dataset_config_name", help="Hub: configuration of the data set.")
     parser.add_argument("--dataset_split", default="test", help="Hub: split to measure on.")
     parser.add_argument("--image_column", default="image", help="Hub: column with the images.")
     parser.add_argument("--mask_column", help="Hub: column with the masks.")
     parser.add_argument("--label_column", help="Hub: column that tells good images from others.")
     parser.add_argument("--category_column", help="Hub: column with the categories.")
-    parser.add_argument("--category", nargs="+", help="Categories to measure; by default all.")
     parser.add_argument(
         "--mode", default="calibrated", choices=("calibrated", "paper"), help="paper: RAN to the letter."
     )
@@ -134,10 +133,17 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
             good_only=False,
         )
     split = "train" if args.pasted_defects else "test"
-    dataset = load_dataset(args.data_dir, args.dataset_format, split, args.category)
+    dataset = load_split(args, split, args.category)
     if args.pasted_defects:
         return DrawnDefects(dataset, args.pasted_defects, args.seed or 0)
     return dataset
+
+
+def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` is what `load_data` gave, if it was asked."""
+    if not args.dataset_name:
+        return summarise_folder(args, args.category)
+    return summarise({"test": dataset or load_data(args)}, name=Path(args.dataset_name).name)
 
 
 def false_alarm_rates(args: argparse.Namespace) -> list[float]:
@@ -302,6 +308,9 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    if args.dry_run:
+        print(summarise_data(args).to_text())
+        return {}
     cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)
     share_cores()
@@ -309,6 +318,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     # 1. What can be measured, before anything is scored
     dataset, models, found = load_data(args), {}, Found()
     picked = evenly(len(dataset), args.max_test_samples)
+    if state.is_main_process:
+        print(summarise_data(args, dataset).to_text(), flush=True)
     surveyed = survey(dataset, picked)
     surveyed.check(args.mode == "calibrated")
     if args.restore and not any(one.label and one.has_mask for one in surveyed.seen):

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from data_arguments import load_split
 from safetensors import SafetensorError
 
 from rad import RADPipeline
-from rad.data import load_dataset
 from rad.evaluation import mean_metrics, measure_records, score_dataset
 from rad.image_reader import ImageInput
 from rad.model_card import METRICS
@@ -32,7 +32,7 @@ def measure_test_split(
     if args.dataset_name:
         return {}, []
     try:
-        tests = load_dataset(args.train_data_dir, args.dataset_format, "test", args.category)
+        tests = load_split(args, "test", args.category)
     except ValueError as error:
         logger.info(f"There is no test split to measure on: {error}")
         return {}, []

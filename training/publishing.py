@@ -14,6 +14,7 @@ from checkpoints import room_for
 from huggingface_hub import CommitInfo, HfApi
 
 from rad import RADPipeline
+from rad.data.summary import DataSummary
 from rad.files import whole
 from rad.hub import CODE, list_files, one_sentence, upload
 from rad.image_reader import ImageInput
@@ -61,6 +62,7 @@ def write_card(
     num_holdout: int,
     pictured: list[ImageInput],
     metrics: dict[str, float | str],
+    summary: DataSummary | None = None,
 ) -> None:
     """README.md, the model card, and results.png, the picture in it.
 
@@ -68,6 +70,7 @@ def write_card(
         num_train, num_holdout: Good images for training and held out.
         pictured: Images to show results on; without any there is no picture.
         metrics: Measured on the test split, by name, or why one is not defined; empty if there is none.
+        summary: What was read of the data set.
     """
     words = [word for i, word in enumerate(sys.argv) if "--hub_token" not in (word, sys.argv[i - 1])]
     words = [Path(word).name if Path(word).is_absolute() else word for word in words if "--hub_token=" not in word]
@@ -92,6 +95,7 @@ def write_card(
         title=None if args.hub_model_id else output_dir.resolve().name,
         metrics={name: metrics} if metrics else None,
         training=facts,
+        summary=summary and summary.to_markdown(),
         picture="results.png" if pictured else None,
         datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
     )

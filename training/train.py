@@ -31,6 +31,7 @@ from checkpoints import (
     resume,
     save_checkpoint,
 )
+from data_arguments import load_split, summarise_folder
 from discriminator import fit_discriminator
 from estimates import Stopwatch, check_space, estimate_time
 from launching import create_accelerator
@@ -42,9 +43,10 @@ from tqdm.auto import tqdm
 from validation import averaged, validate
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
-from rad.data import AnomalyDataset, detect_format, load_dataset, load_hub_dataset
+from rad.data import AnomalyDataset, detect_format, load_hub_dataset
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_pixels
 from rad.data.dataset import evenly
+from rad.data.summary import DataSummary, summarise
 from rad.files import remove_partials
 from rad.image_processor import FULL_SCALE, check_pixel_range, find_pixel_range
 from rad.image_reader import peak
@@ -78,8 +80,8 @@ def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
     data_dir, output_dir = (Path(folder).resolve() for folder in (args.train_data_dir, args.output_dir))
     if output_dir.is_relative_to(data_dir):
         raise ValueError(f"--output_dir {output_dir} lies in --train_data_dir: its pictures would be trained on.")
-    dataset = load_dataset(data_dir, args.dataset_format, "train", args.category)
-    if args.dataset_format == "auto":
+    dataset = load_split(args, "train", args.category)
+    if args.dataset_format == "auto" and not (args.good or args.bad or args.masks or args.all_good):
         logger.info(f"{args.train_data_dir} is read as --dataset_format {detect_format(data_dir)}.")
     return dataset
 
@@ -100,6 +102,13 @@ def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[
     if pixel_range != FULL_SCALE:
         logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
     return pixel_range, darkest_peak
+
+
+def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed."""
+    if not args.dataset_name:
+        return summarise_folder(args, args.category)
+    return summarise({"train": dataset or load_good_images(args)}, name=Path(args.dataset_name).name)
 
 
 def decode_images(
@@ -389,6 +398,9 @@ def train_unet(
 
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
+    if args.dry_run:
+        print(summarise_data(args).to_text())
+        return
     accelerator = create_accelerator(args)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -407,6 +419,8 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. Good images: decoded once; a share is kept away from training, for the thresholds
     dataset = load_good_images(args)
+    summary = summarise_data(args, dataset)
+    logger.info(summary.to_text())
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
@@ -475,7 +489,7 @@ def main(args: argparse.Namespace) -> None:
         shown = defective or [dataset[i].image for i in holdout or train]
         pictured = [shown[i] for i in evenly(len(shown), 3)]
     if accelerator.is_main_process:
-        write_card(args, pipeline, len(train), len(holdout), pictured, metrics)
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, summary)
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
     accelerator.end_training()

@@ -1,14 +1,17 @@
 """Data sets: `load_dataset` gives the train or test split of any supported layout as an `AnomalyDataset`,
 `load_hub_dataset` that of the Hub's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .btad import load_btad
-from .dataset import IMAGE_SUFFIXES, AnomalyDataset, Sample
+from .dataset import AnomalyDataset, Sample
+from .doubts import check_pictures
 from .folder import load_folder
 from .hub import load_hub_dataset
+from .listing import IMAGE_SUFFIXES
 from .mtd import load_mtd
-from .mvtec import load_mvtec, load_mvtec_ad_2, load_mvtec_loco
+from .mvtec import is_mvtec, load_mvtec, load_mvtec_ad_2, load_mvtec_loco
 from .real_iad import load_real_iad
 from .visa import load_visa
 
@@ -25,37 +28,59 @@ DATASET_FORMATS = {
 
 
 def load_dataset(
-    root: str | Path, dataset_format: str = "auto", split: str = "train", categories: list[str] | None = None
+    root: str | Path,
+    dataset_format: str = "auto",
+    split: str = "train",
+    categories: list[str] | None = None,
+    *,
+    good: Sequence[str] = (),
+    bad: Sequence[str] = (),
+    masks: Sequence[str] = (),
+    all_good: bool = False,
 ) -> AnomalyDataset:
     """Lists a data set on disk; images are decoded later, by `RADImageProcessor`.
 
     Args:
         root: Folder of the data set.
         dataset_format: "mvtec" (MVTec-AD's layout), "mvtec_ad_2", "mvtec_loco", "visa" (as downloaded, with its split
-            file), "btad", "mtd" (Magnetic Tile Defects), "real_iad", "folder" (good images, and if wanted defects), or
-            "auto" for the one that the folder looks like. Each layout is drawn in the module of its name.
+            file), "btad", "mtd" (Magnetic Tile Defects), "real_iad", "folder" (any folder whose names tell good from
+            bad, or of good images alone), or "auto" for the one that the folder looks like. Each layout is drawn in
+            the module of its name.
         split: "train" (good images only) or "test"; of MVTec-AD 2 and LOCO also "validation": good images, which are
             part of no other split.
         categories: Names to keep; by default all.
+        good, bad, masks: Of "folder": globs, relative to `root`, of files, or folders with all below them, that are
+            good images, defects and masks, where names do not say it.
+        all_good: Of "folder": every image shows a good part, whatever the names say.
 
     Raises:
-        ValueError: Unknown format or split, another layout, a category that does not exist, or no images.
+        ValueError: Unknown format or split, another layout, a category that does not exist, no images, or it is not
+            clear which are good.
         FileNotFoundError: `root` is no folder.
     """
     if dataset_format not in ("auto", *DATASET_FORMATS):
         raise ValueError(
             f"dataset_format must be auto or one of {', '.join(DATASET_FORMATS)}, got {dataset_format!r}."
         )
-    root = Path(root)
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"The data folder {root} does not exist.")
-    dataset_format = detect_format(root) if dataset_format == "auto" else dataset_format
+    told = {"good": good, "bad": bad, "masks": masks, "all_good": all_good}
+    told = {name: value for name, value in told.items() if value}
+    if told and dataset_format not in ("auto", "folder"):
+        raise ValueError(f"{' and '.join(told)} belong to dataset_format folder, got {dataset_format!r}.")
+    if all_good and len(told) > 1:
+        raise ValueError("With all_good every image is good: give it without good, bad and masks.")
+    if dataset_format == "auto":
+        dataset_format = "folder" if told else detect_format(root)
     splits = ["train", *(["validation"] if dataset_format in ("mvtec_ad_2", "mvtec_loco") else []), "test"]
     if split not in splits:
         raise ValueError(f"split of {dataset_format} must be {' or '.join(map(repr, splits))}, got {split!r}.")
-    samples = DATASET_FORMATS[dataset_format](root, split, categories)
+    samples = DATASET_FORMATS[dataset_format](root, split, categories, **told)
     if split != "test":
         samples = [sample for sample in samples if not sample.label]
+    if not (good or all_good):
+        check_pictures(root, [sample.image for sample in samples])
     if not samples:
         raise ValueError(f"No images for split {split!r} in {root}; accepted files: {', '.join(IMAGE_SUFFIXES)}.")
     return AnomalyDataset(samples)
@@ -63,16 +88,18 @@ def load_dataset(
 
 def detect_format(root: str | Path) -> str:
     """The layout that a folder looks like: one of `DATASET_FORMATS`."""
-    signs = {  # MVTec-AD's last of its family: the others show it too
+    signs = {
         "visa": "split_csv/1cls.csv",
         "real_iad": "realiad_jsons",
         "mtd": "MT_Free",
         "mvtec_ad_2": "*/test_public",
         "mvtec_loco": "*/test/logical_anomalies",
-        "mvtec": "*/train/good",
-        "btad": "*/train/ok",
     }
-    return next((name for name, sign in signs.items() if any(Path(root).glob(sign))), "folder")
+    root = Path(root).expanduser()
+    found = next((name for name, sign in signs.items() if any(root.glob(sign))), None)
+    if found is None and any(root.glob("*/train/*")):
+        found = "mvtec" if is_mvtec(root) else "btad" if is_mvtec(root, good="ok") else None
+    return found or "folder"
 
 
 __all__ = [

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from .masks import Mask, read_mask, resize_mask, upright_size
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MIN_IMAGES = 10  # of a category to be trained on
 
 
@@ -122,18 +121,6 @@ def evenly(count: int, limit: int | None) -> list[int]:
     if limit is None or limit >= count:
         return list(range(count))
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Image files directly in a folder, sorted by name; hidden files are left out."""
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Folders directly in a folder, sorted by name; hidden ones are left out."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def pick_categories(source: Path | str, available: list[str], wanted: list[str] | None) -> list[str]:

@@ -10,8 +10,7 @@ from PIL import Image
 
 from ..image_reader import FORMATS
 from .dataset import AnomalyDataset, Sample, pick_categories
-
-GOOD_LABELS = ("good", "normal", "0", "False")
+from .roles import is_good
 
 
 class HubDataset(AnomalyDataset):
@@ -68,8 +67,8 @@ def load_hub_dataset(
         name: Hub id, or a folder, of a data set.
         image_column: Column with the images.
         category_column: Column that tells what an image shows; by default all show the same.
-        label_column: Column that tells good images (0, "good" or "normal") from others, whose label is the kind of
-            defect; by default all are good.
+        label_column: Column that tells good images (0, False, or a word such as "good", "OK", "pass", "non_defective",
+            in any case) from others, whose label is the kind of defect; by default all are good.
         categories: Names to keep; by default all.
         mask_column: Column with the masks of images that are not good; where it is empty, and without it, they count
             at image level only.
@@ -108,7 +107,7 @@ def load_hub_dataset(
 
     names = texts(category_column, Path(name).name)
     picked = pick_categories(name, sorted(set(names)), categories)
-    defects = ["good" if label in GOOD_LABELS else label for label in texts(label_column, "good")]
+    defects = ["good" if is_good(label) else label for label in texts(label_column, "good")]
     kept = [i for i in range(len(rows)) if names[i] in picked and (defects[i] == "good" or not good_only)]
     if "good" not in {defects[i] for i in kept}:
         raise ValueError(f"The split {split!r} of {name} has no good images.")

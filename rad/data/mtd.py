@@ -1,12 +1,14 @@
 """Magnetic Tile Defects (Huang et al., "Surface defect saliency of magnetic tile", The Visual Computer 2018).
 
-MT_<class>/<name>.jpg is an image and MT_<class>/<name>.png its mask; MT_Free holds the good ones.
-`train_filenames.txt` lists the good images to train on (DifferNet's split); all others are the test set.
+MT_<class>/<name>.jpg is an image and MT_<class>/<name>.png its mask, or, as its authors publish it, both lie in
+MT_<class>/Imgs; MT_Free holds the good ones. `train_filenames.txt` lists the good images to train on (DifferNet's
+split); all others are the test set. Without it every fifth good image, in order of names, is for the test.
 """
 
 from pathlib import Path
 
 from .dataset import Sample, wrong_layout
+from .listing import images_under, subfolders
 
 
 def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -15,20 +17,27 @@ def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> lis
     Raises:
         ValueError: The layout is another one, or another category is asked for.
     """
-    names_file = root / "train_filenames.txt"
-    if not (root / "MT_Free").is_dir() or not names_file.is_file():
-        raise wrong_layout(root, "MTD", "the folder MT_Free and the file train_filenames.txt")
+    if not (root / "MT_Free").is_dir():
+        raise wrong_layout(root, "MTD", "the folder MT_Free")
     if categories and categories != ["magnetic_tile"]:
         raise ValueError(f"MTD has one category, magnetic_tile; got {', '.join(categories)}.")
-    train_names = set(names_file.read_text().split())
+    images = {  # PNG files are masks
+        folder.name.removeprefix("MT_").lower(): [p for p in images_under(folder) if p.suffix.lower() != ".png"]
+        for folder in subfolders(root)
+        if folder.name.startswith("MT_")
+    }
+    names_file = root / "train_filenames.txt"
+    if names_file.is_file():
+        train = set(names_file.read_text().split())
+    else:
+        train = {image.name for number, image in enumerate(images["free"], start=1) if number % 5}
 
     samples = []
-    for folder in sorted(root.glob("MT_*")):
-        defect = folder.name.removeprefix("MT_").lower()
-        for image in sorted(folder.glob("*.jpg")):
-            in_train = defect == "free" and image.name in train_names
-            if in_train == (split == "train"):
-                good = defect == "free"
-                mask = None if good else image.with_suffix(".png")
+    for defect, found in images.items():
+        for image in found:
+            good = defect == "free"
+            if (good and image.name in train) == (split == "train"):
+                mask = image.with_suffix(".png")
+                mask = mask if mask.is_file() and not good else None
                 samples.append(Sample(image, "magnetic_tile", "good" if good else defect, mask))
     return samples

@@ -18,8 +18,10 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
 from collections.abc import Callable
 from pathlib import Path
 
-from .dataset import Sample, list_images, pick_categories, subfolders, wrong_layout
+from .dataset import Sample, pick_categories, wrong_layout
+from .listing import images_under, list_images, subfolders
 from .masks import find_mask
+from .roles import mask_stem, meaning_of
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -29,6 +31,29 @@ def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> l
         return find_mask(category / "ground_truth" / defect, image.stem)
 
     return load_categories(root, split, categories, "MVTec-AD", mask)
+
+
+def is_mvtec(root: Path, good: str = "good") -> bool:
+    """Whether a folder holds MVTec-AD's layout, or BTAD's with another `good`, and nothing that it does not know."""
+    paths = [path.relative_to(root) for path in images_under(root)]
+
+    def fits(folders: tuple[str, ...]) -> bool:
+        role, kind = folders[1:3] if len(folders) > 2 else ("", "")
+        if role == "ground_truth":
+            return True
+        below = map(meaning_of, folders[3:])
+        if any(word.quality or word.mask or word.aside for word in below):
+            return False
+        told = meaning_of(kind)
+        return kind == good or (role == "test" and not (told.quality == "good" or told.mask or told.aside))
+
+    folders = {path.parts[:-1] for path in paths}
+    return (
+        all(map(fits, folders))
+        and any(f[1:3] == ("train", good) for f in folders)
+        and all(f[1] in ("train", "test", "ground_truth") for f in folders)
+        and not any(mask_stem(path.stem) for path in paths if path.parts[1] != "ground_truth")
+    )
 
 
 def load_mvtec_ad_2(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -69,7 +94,8 @@ def load_categories(
 
     Args:
         layout: Its name, for errors.
-        mask: Finds the mask of an image, given the category's folder, the defect's name and the image.
+        mask: Finds the mask of an image, given the category's folder, the defect's name (with the subfolders in its
+            folder that the image lies in) and the image.
         test: Folder of the split "test"; other splits lie in folders of their own name.
         good: Folder of good images.
 
@@ -88,7 +114,9 @@ def load_categories(
             if kind.name == "ground_truth":  # MVTec-AD 2 keeps its masks among the images
                 continue
             defect = "good" if kind.name == good else kind.name
-            for image in list_images(kind):
-                found = None if defect == "good" else mask(root / category, kind.name, image)
+            for image in images_under(kind):
+                found = (
+                    None if defect == "good" else mask(root / category, str(image.parent.relative_to(folder)), image)
+                )
                 samples.append(Sample(image, category, defect, found, mask_threshold))
     return samples

@@ -11,10 +11,11 @@ import time
 import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import gradio as gr
 
+from rad.data.listing import foreign
 from rad.image_processor import overlay
 from rad.models.evidence import FUSED
 from rad.models.false_alarms import check_rate
@@ -35,7 +36,8 @@ GALLERY = 60
 HEADERS = ["picture", "verdict", "score", "p-value", "surface", "product", "error"]
 
 HELP = """
-Drop many pictures, or a zip of them. Each gets a row; a file that is no picture gets one too, with the reason. The
+Drop many pictures, or a zip of them. Each gets a row; a file that is no picture gets one too, with the reason,
+except hidden files, thumbnails and files of the system's, which are skipped (`.DS_Store`, `@eaDir`, `Thumbs.db`). The
 **p-value** is how often a good part scores as high. A heading's menu, there when you point at it, sorts and filters.
 Moving the alarm above changes the verdicts at once.
 """
@@ -88,6 +90,8 @@ def list_files(paths: list[str]) -> list[tuple[str, Path, zipfile.ZipInfo | None
             members = list_members(path) if path.suffix.lower() == ".zip" else None
         except zipfile.BadZipFile:
             members = None  # a row with its error, from `fetch`
+        if members is None and foreign(Path(path.name)):
+            continue
         if members is None:
             files.append((path.name, path, None))
         else:
@@ -111,9 +115,7 @@ def list_members(path: Path) -> list[zipfile.ZipInfo]:
         raise ValueError(f"{path.name} has more than {most:,} entries.")
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
-    names = [Path(member.filename) for member in members]
-    hidden = [name.name.startswith(".") or "__MACOSX" in name.parts for name in names]
-    return [member for member, skip in zip(members, hidden, strict=True) if not skip]
+    return [member for member in members if not foreign(PurePosixPath(member.filename))]
 
 
 def fetch(path: Path, member: zipfile.ZipInfo | None, folder: Path) -> Path:

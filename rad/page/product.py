@@ -28,7 +28,8 @@ MAX_NAME = 40
 HELP = f"""
 Drop {MIN_PICTURES} or more photos of **good** parts, all taken the same way (same camera, light and pose), or a zip of
 them. The network of the chosen model stays; what is fitted is *what your good parts look like to it*. That takes about
-half a second a photo. The model is yours alone, works in the other tabs at once, and is deleted when you leave:
+half a second a photo. Hidden files, thumbnails and files of the system's are skipped. The model is yours alone, works
+in the other tabs at once, and is deleted when you leave:
 download it to keep it.
 """
 NEXT = """

@@ -376,7 +376,9 @@ def scored(part, page_model, tmp_path) -> batch.Batch:
     content = Path(part).read_bytes()
     (tmp_path / "=notes.txt").write_text("no picture")
     archive = write_zip(
-        tmp_path / "parts.zip", {"a/good.png": content, "a/cut.png": content[:200], "__MACOSX/._good.png": b"x"}
+        tmp_path / "parts.zip",
+        {"a/good.png": content, "a/cut.png": content[:200]}
+        | dict.fromkeys(("__MACOSX/._good.png", "a/@eaDir/good.png", "a/Thumbs.db", "a/.DS_Store"), b"x"),
     )
     paths = [part, str(tmp_path / "=notes.txt"), archive]
     *_, done = batch.score_all(paths, page_model, models.AUTO, "visitor")

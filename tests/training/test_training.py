@@ -246,6 +246,7 @@ def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, 
     measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert set(measured) == {"image AUROC", "pixel AUROC", "pixel AP", "AUPRO (FPR <= 0.3)"}
     assert all(0 <= value <= 1 for value in measured.values())
+    assert "| 10 | train, good | `brick/train/good` |" in card.text and str(data_dir) not in card.content
     assert "8 for training and 2 held out" in card.text and "hf_secret" not in card.content
     assert size_of(folder / "results.png")[0] > 500
 
@@ -665,9 +666,11 @@ def test_the_output_does_not_go_into_the_data(photos):
         train_on(photos, photos / "model", "--max_train_steps", "1")
 
 
-def test_a_category_folder_is_not_taken_for_good_photos(data_dir, tmp_path):
-    with pytest.raises(ValueError, match="is a category in MVTec-AD layout"):
-        train_on(data_dir / "brick", tmp_path / "model", "--max_train_steps", "1")
+def test_only_the_training_images_of_a_category_folder_are_trained_on(data_dir, tmp_path, capsys):
+    train_on(data_dir / "brick", tmp_path / "model", "--dry_run")
+    assert [line.split()[1:] for line in capsys.readouterr().out.splitlines() if "train, " in line] == [
+        ["train,", "good", "train/good"]
+    ]
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------

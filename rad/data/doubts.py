@@ -1,0 +1,123 @@
+"""Signs that a folder is not one of good images alone, and the sentence that refuses it."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..image_reader import FORMATS
+from .listing import Listing, foreign, is_companion
+from .roles import Meaning, meaning_of
+
+FLAGS = "--dataset_format folder --good GLOB --bad GLOB --masks GLOB, or --all_good if every image shows a good part"
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".html")
+LABEL_WORDS = r"\b(labels?|class|classes|class ?id|categor(y|ies)|annotations?|shapes|bbox|defects?|target|verdict)\b"
+MAX_CHARACTERS = 2_000_000  # of a file that is searched for the names of images
+MAX_VALUES = 8  # of masks' pixels
+MAX_KINDS = 50  # names of more kinds are taken for names without a system
+
+
+def refusal(root: Path, reason: str) -> ValueError:
+    """The sentence that says what is not clear, and how to say it."""
+    return ValueError(f"It is not clear which images in {root} are good: {reason}. Say it with {FLAGS}.")
+
+
+def kinds_of_names(paths: Sequence[Path]) -> dict[str, int]:
+    """How many files bear which words, such as "scratch" of "scratch_12.png", without those that say image, camera or
+    lot only; empty where all bear the same, or other words each."""
+
+    def telling_words(path: Path) -> str:
+        words = re.findall(r"[^\W\d_]{2,}", path.stem.casefold())
+        return "_".join(word for word in words if meaning_of(word) != Meaning())
+
+    kinds = Counter(map(telling_words, paths))
+    kinds = {kind: count for kind, count in kinds.items() if count > 1}
+    is_system = 1 < len(kinds) <= MAX_KINDS and sum(kinds.values()) > 0.9 * len(paths)
+    return kinds if is_system else {}
+
+
+def label_files(root: Path, listing: Listing) -> list[Path]:
+    """Files that tell of the images: named like one, like labels or like good and bad, or with an image's name or the
+    words of labels in them."""
+    names = {path.name for path in listing.images}
+    stems = {path.stem for path in listing.images} | names
+
+    def tells(path: Path) -> bool:
+        words = [meaning_of(path.stem), *map(meaning_of, path.relative_to(root).parts[:-1])]
+        if path.stem in stems or any(word.mask for word in words) or words[0].quality or speaks(path.stem):
+            return True
+        suffix = path.suffix.lower()
+        if suffix not in TABLES:
+            return False
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(MAX_CHARACTERS)
+        keys = text.partition("\n")[0] if suffix in (".csv", ".tsv") else "" if suffix == ".txt" else text[:10_000]
+        tokens = re.findall(r"[^\n\r\t,;\"'/\\<>|]+", text)  # names may hold spaces
+        return speaks(keys) or any(not names.isdisjoint((token, *token.split())) for token in tokens)
+
+    def speaks(text: str) -> bool:
+        return re.search(LABEL_WORDS, text.replace("_", " "), re.IGNORECASE) is not None
+
+    paths = sorted(path for group in listing.left_out.values() for path in group)
+    return [p for p in paths if p.is_file() and not foreign(p.relative_to(root)) and not is_companion(p) and tells(p)]
+
+
+def check_pictures(root: Path, paths: Sequence[Path]) -> None:
+    """Raises ValueError if some images look like masks."""
+    with ThreadPoolExecutor() as pool:
+        binary = [path for path, found in zip(paths, pool.map(is_binary, paths), strict=True) if found]
+    if binary:
+        raise refusal(
+            root,
+            f"{len(binary)} of {len(paths)} pictures are of few values as masks are (such as "
+            f"{binary[0].relative_to(root)})",
+        )
+
+
+def is_binary(path: Path) -> bool:
+    """Whether a picture has few values, black among them, or next to only black and white, as masks do.
+
+    Only what is small for its pixels, as such pictures are when they are compressed, or has few values is decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            small = path.stat().st_size < 2048 + 0.1 * image.width * image.height
+            if not small and (image.format not in ("BMP", "TIFF", "PPM") or has_many_values(path)):
+                return False
+            if image.mode in ("P", "PA", "LA", "RGBA"):
+                image = image.convert("RGB")
+            pixels = np.asarray(image)
+    except Exception:  # what cannot be read is told by who decodes it
+        return False
+    if pixels.ndim == 3:  # a number for each colour
+        is_grey = (pixels == pixels[..., :1]).all()
+        pixels = pixels[..., 0] if is_grey else pixels[..., :3].astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    values = np.unique(pixels.ravel()[::101])
+    if len(values) <= MAX_VALUES:
+        values = np.unique(pixels)
+    if len(values) == 1:
+        return False
+    if values[0] == 0 and len(values) <= max(2, min(MAX_VALUES, pixels.size // 64)):
+        return True
+    has_both = pixels.dtype == np.uint8 and values[0] <= 8 and values[-1] >= 247
+    return has_both and bool(((pixels <= 8) | (pixels >= 247)).mean() > 0.98)
+
+
+def has_many_values(path: Path) -> bool:
+    """Whether a file, of pixels as they are, has more values in its middle than masks have."""
+    with path.open("rb") as file:
+        file.seek(path.stat().st_size // 2)
+        return len(set(file.read(1 << 16))) > 16
+
+
+def can_be_opened(path: Path) -> bool:
+    """Whether a file's header is an image's."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:
+        return False
