@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from rad import RADPipeline
+from rad.data.summary import describe
 from rad.files import whole
 from rad.image_processor import overlay
 from rad.image_reader import decode
@@ -41,7 +42,7 @@ def main() -> None:
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )
-    print(f"Heatmap: {path.resolve()}")
+    print(f"Read: {describe(Path(args.image))}. Heatmap: {path.resolve()}")
 
 
 if __name__ == "__main__":

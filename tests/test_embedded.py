@@ -82,5 +82,5 @@ def test_command_line_scores_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rad", str(bad), "--output", str(tmp_path / "out" / "heatmap.png")])
     runpy.run_module("rad", run_name="__main__")  # as `python -m rad` does
     told = capsys.readouterr().out
-    assert "DEFECT" in told and str(tmp_path / "out" / "heatmap.png") in told
+    assert "DEFECT" in told and "pixels, 8-bit" in told and str(tmp_path / "out" / "heatmap.png") in told
     assert size_of(tmp_path / "out" / "heatmap.png") == size_of(bad)

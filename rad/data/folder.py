@@ -84,7 +84,7 @@ def load_folder(
         for entry in divide([entry for entry in entries if entry.category == category and entry.quality != "mask"])
         if entry.split == split
     ]
-    if entries and not samples:
+    if entries and not samples and split == "train":
         raise ValueError(f"{root} has no good images to train on: all lie in folders of tests.")
     defects = [sample for sample in samples if sample.label]
     if find.masks and defects and not any(sample.mask for sample in defects):

@@ -18,7 +18,7 @@ _GOOD = """good goods ok okay pass passed passes normal normals normality health
 _BAD = """bad ng nok nio ko def fail failed failing fails failure failures faulty fault faults defect defects
     defective defectives defected abnormal abnormals abnormality abnormalities anomaly anomalies
     anomalous anomal reject rejects rejected rejection damaged damage damages broken outlier outliers
-    scrap nonconforming unacceptable unhealthy incorrect wrong error errors schlecht schlechte schlechter
+    scrap nonconforming unacceptable unhealthy incorrect invalid wrong error errors schlecht schlechte schlechter
     schlechtteil schlechtteile fehler fehlerhaft fehlerhafte defekt defekte ausschuss mangel maengel
     mangelhaft anomalie anomalien mauvais mauvaise mauvaises defaut defauts defectueux defectueuse rebut
     rebuts anormal anormaux malo malos mala malas defecto defectos defectuoso defectuosos defectuosa
@@ -43,10 +43,11 @@ _IMAGE = """image images img imgs photo photos picture pictures pic pics data da
     originals raw jpegimages bild bilder imagen imagenes immagine immagini imagem imagens foto fotos
     png jpg jpeg bmp tif tiff webp new neuer nuova nueva nouveau all dcim dsc dscn dscf pxl mvimg whatsapp copy
     kopie copia frame frames"""
-_ASIDE = """unsure unclear uncertain borderline ignore ignored trash discard discarded unknown unlabeled unlabelled
-    unsorted misc todo old backup backups archive reference references template templates screenshot screenshots
-    depth xyz pointcloud heatmap heatmaps overlay overlays annotated pred preds prediction predictions
-    visualization visualizations result results output outputs augmented augmentation processed unklar unbekannt alt"""
+_ASIDE = """unsure unclear uncertain borderline ignore ignored trash discard discarded unknown unlabeled
+    unlabelled unsorted misc todo sort check review maybe doubtful suspect pending old backup backups archive
+    reference references template templates screenshot screenshots depth xyz pointcloud heatmap heatmaps
+    overlay overlays annotated pred preds prediction predictions visualization visualizations result results
+    output outputs augmented augmentation processed unklar unbekannt alt"""
 _PLACES = """camera cameras cam cams view views kamera side left right top bottom front back rear batch batches lot
     lots charge los part parts teil teile sample samples set sets session sessions day shift line station
     machine week month year date serial light exposure position pos angle run runs series group section
@@ -56,7 +57,7 @@ _PLACES = """camera cameras cam cams view views kamera side left right top botto
     linie lote lotes lotto partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia giorno turno
     vue vista links rechts oben unten vorne hinten vorderseite rueckseite ruckseite mai juni juli oktober
     dezember marz maerz januar februar kw sn id ordner canon nikon apple msdcf
-    of the and in at et und de la mit with"""
+    has is true of the and in at et und de la mit with"""
 _WORDS = {
     **dict.fromkeys(f"{_PLACES} {_IMAGE}".split(), "plain"),
     **dict.fromkeys(_ASIDE.split(), "aside"),
@@ -158,7 +159,8 @@ def _roles(name: str) -> list[str]:
     """The roles of the words of a name, in order."""
     text = unicodedata.normalize("NFKC", name)
     text = re.sub(r"\b(n?)[.]?i[.]o\b[.]?", r"\1io", text, flags=re.IGNORECASE)  # (nicht) in Ordnung
-    text = re.sub(r"\bn[-_. /]?(ok|io)\b", r"n\1", text, flags=re.IGNORECASE)
+    text = re.sub(r"\bn[-_. /]?(ok|io)\b", lambda found: f"n{found[1].lower()}", text, flags=re.IGNORECASE)
+    text = re.sub(r"^(.+)(=0|[=_ -]false)$", r"not \1", text, flags=re.IGNORECASE)  # "is_good=0"
     text = re.sub(r"(?<=[a-z]{2})(?=[A-Z]([a-z]|\b|_|\d))", " ", text)
     roles = []
     for part in _ASIAN_PATTERN.split(text):

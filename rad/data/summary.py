@@ -119,6 +119,12 @@ def summarise(
     )
 
 
+def describe(image: Path | Image.Image) -> str:
+    """What one image is, as its header says: "384 x 384 pixels, 8-bit colour"."""
+    header = _header(image)
+    return f"{header[0][0]} x {header[0][1]} pixels, {header[1]}" if header else "no header that Pillow reads"
+
+
 def _header(image: Path | Image.Image) -> tuple[tuple[int, int], str] | None:
     """Width and height of an image and what its pixels are; None where that cannot be read."""
     if isinstance(image, Image.Image):

@@ -90,6 +90,9 @@ READ = [
     ("iO 5; niO 3", "4 1+3"),
     ("i.O. 5; n.i.O. 3", "4 1+3"),
     ("Gutteile 5; Ausschuss 3", "4 1+3"),
+    ("Werk1/Linie2/iO 5; Werk1/Linie2/niO/Riss 3", "4 1+3"),
+    ("is_good=1 5; is_good=0 3", "4 1+3"),
+    ("has_defect_false 5; has_defect_true 3", "4 1+3"),
     ("conforme 5; non conforme 3", "4 1+3"),
     ("sans_défaut 5; défaut 3", "4 1+3"),
     ("bueno 5; defectuoso 3", "4 1+3"),
@@ -170,6 +173,8 @@ READ = [
 ]
 REFUSED = [
     ("good 5; bad 3; unsure 2", "unsure says neither good nor bad"),
+    ("ok 5; nok 3; to_check 2", "to_check says neither good nor bad"),
+    ("valid 5; invalid 3", "but not of the images 5 in valid"),
     ("good 5; Augmented 2", "Augmented says neither good nor bad"),
     ("images 5; overlay 5", "overlay says neither good nor bad"),
     ("nut/train/good/rgb 5; nut/train/good/xyz 5; nut/test/hole/rgb 2", "good/xyz says neither good nor bad"),
