@@ -1,5 +1,6 @@
 """What the pipeline accepts, of Python, NumPy and torch alike: one clear sentence for each bad argument."""
 
+import hashlib
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -49,9 +50,11 @@ def _again(image: Any) -> ImageInput:
 def as_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
     """An integer of Python, NumPy or torch, or an array or tensor of one; raises ValueError for all else."""
     number = _index(value)
-    if number is None or number < least or (most is not None and number > most):
-        span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {span}, got {value!r}.")
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if number < least or (most is not None and number > most):
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {span}, got {number}.")
     return number
 
 
@@ -239,3 +242,43 @@ def check_categories(
             raise ValueError(f"Each of {kind}categories must be a name, got {wrong[0]!r}.")
         names += (str(name) for name in several)
     return names
+
+
+def fingerprint(pixels: np.ndarray) -> int:
+    """A positive number that pictures [H, W, C] or [C, H, W] of the same pixels share; 0 for one of a single colour.
+
+    Args:
+        pixels: At the model's resolution, of any type.
+    """
+    axes = (1, 2) if pixels.shape[0] == 3 else (0, 1)
+    if (pixels.min(axes) == pixels.max(axes)).all():
+        return 0
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=7).digest(), "big") + 1
+
+
+def check_different(prints: Sequence[int], categories: Sequence[str], least: int, of: Sequence[str] = ()) -> int:
+    """Whether good images show enough different things; returns how many are copies of others.
+
+    Args:
+        prints: The `fingerprint` of each image.
+        categories: Of each, likewise.
+        least: Different ones that each category needs.
+        of: Names of the images, if they are to be told.
+
+    Raises:
+        ValueError: There are images of one colour, or enough images but too few different ones.
+    """
+    plain = [i for i, value in enumerate(prints) if value == 0]
+    if plain:
+        named = f" (the first is {of[plain[0]]})" if of else ""
+        raise ValueError(
+            f"{len(plain)} of {len(prints)} good images{named} are of one colour and show no part: take them out."
+        )
+    for category in sorted(set(categories)):
+        own = [value for value, name in zip(prints, categories, strict=True) if name == category]
+        if len(set(own)) < least <= len(own):  # fewer than `least` are told without a look
+            raise ValueError(
+                f"Category {category!r} has {len(own)} good images, {len(own) - len(set(own))} of which are copies of "
+                f"others; it needs at least {least} different ones."
+            )
+    return len(prints) - len(set(prints))

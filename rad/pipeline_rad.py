@@ -3,6 +3,7 @@
 RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et al., ICCV 2023).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .image_reader import PipelineImageInput, decode, peak
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
 from .models.feature_extractor import RADFeatureExtractor
+from .models.gaussian import MIN_GOOD, check_counts
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .pipeline_arguments import (
@@ -23,11 +25,13 @@ from .pipeline_arguments import (
     as_seed,
     batches,
     check_categories,
+    check_different,
     check_images,
     check_labels,
     check_noise,
     check_output_type,
     check_scoring,
+    fingerprint,
 )
 from .pipeline_loading import RADLoaderMixin
 from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
@@ -335,10 +339,10 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         pipeline is to stay as it is, fit the one that `with_normality` gives.
 
         Args:
-            images: Good images, at least two for each category.
-            holdout_images: Good images that the network was not trained on. When given, the score statistics and the
-                thresholds come from them alone, and `images` serve the Gaussians only; otherwise `images` serve both,
-                fold by fold.
+            images: Good images, with the held-out ones at least five different ones of each category, better ten.
+            holdout_images: Good images that the network was not trained on, at least two of each category. When given,
+                the score statistics and the thresholds come from them alone, and `images` serve the Gaussians only;
+                otherwise `images` serve both, fold by fold.
             categories, holdout_categories: Category of each image, or one for all; by default "object".
             timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
             seed: Of the noise, here and then in scoring; by default the present one, or 0.
@@ -354,12 +358,13 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             Itself.
 
         Raises:
-            ValueError: A bad image or argument, images of several ranges of pixel values, or too few images of a
-                category; the message names it.
+            ValueError: A bad image or argument, images of several ranges of pixel values or of one colour, or too few
+                different images of a category; the message names it.
         """
         # 0. Check inputs
         (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
         names = check_categories(good, held_out, categories, holdout_categories)
+        check_counts(names, len(held_out) or len(good))
         known = sorted(set(names))
         if self.normality is not None:
             kept = ("weights", "image_weights", "context", "top_k")
@@ -398,11 +403,13 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         features = torch.empty(len(own), channels, size, size, dtype=torch.half)
         residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
         summaries = torch.empty(len(own), self.feature_extractor.num_summaries)
+        prints = torch.zeros(len(names), dtype=torch.int64)
         num_maps = 3 * len(timesteps) + config["discriminator"]
         raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
         with self.progress_bar(total=len(own)) as progress:
             for batch in batches(len(own), batch_size):
                 x_0, _ = processor.preprocess(own[batch])
+                prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
                 evidence = self.measure(x_0, own_names[batch], timesteps, draws, seed)
                 features[batch] = F.adaptive_avg_pool2d(evidence.features.float(), size)
                 residuals[batch] = F.adaptive_avg_pool2d(evidence.residuals, size // 2)
@@ -413,6 +420,12 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
                 progress.update(len(x_0))
 
         # 4. Fit
+        if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
+            warnings.warn(
+                f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for different "
+                "parts, and so are too sure.",
+                stacklevel=4,
+            )
         labels = [known.index(name) for name in names]
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce)
         normality.half().float()  # saved in half precision: what is used is what is saved

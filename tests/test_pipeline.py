@@ -373,8 +373,8 @@ def test_fit_normality_refits_on_other_products(small_pipeline_without_normality
     assert pipeline(good_images[9]).category == ["object"]
     pipeline.fit_normality(good_images[:8], categories=["tile"] * 8)
     assert pipeline(good_images[9]).category == ["tile"]
-    with pytest.raises(ValueError, match="needs at least 2"):
-        pipeline.fit_normality(good_images[:1])
+    with pytest.raises(ValueError, match="has 4 good images; it needs at least 5"):
+        pipeline.fit_normality(good_images[:4])
     with pytest.raises(ValueError, match="categories were given"):
         pipeline.fit_normality(good_images[:4], categories=["tile"])
 

@@ -139,7 +139,8 @@ def test_integers_of_all_kinds(value):
     "value", [True, np.True_, torch.tensor(True), 3.0, "3", None, [3], torch.tensor(3.0), 0], ids=repr
 )
 def test_all_else_is_no_integer(value):
-    with pytest.raises(ValueError, match="n must be a whole number of at least 1, got"):
+    message = "n must be at least 1, got 0" if type(value) is int else "n must be a whole number, got"
+    with pytest.raises(ValueError, match=message):
         as_integer(value, "n", 1)
 
 
@@ -180,10 +181,10 @@ def test_rates_of_single_precision(pipeline, good_images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": 1.5}, "seed must be a whole number from"),
-        ({"seed": True}, "seed must be a whole number from"),
-        ({"seed": 2**64}, "seed must be a whole number from"),
-        ({"seed": np.random.default_rng(0)}, "seed must be a whole number from"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"seed": 2**64}, f"seed must be from {-(2**63)} to {2**64 - 1}, got {2**64}"),
+        ({"seed": np.random.default_rng(0)}, "seed must be a whole number"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "must be one torch.Generator, .* not list"),
         ({"generator": 0}, "must be one torch.Generator, .* not int"),
         ({"generator": torch.Generator().manual_seed(0), "seed": 0}, "seed or a generator, not both"),
@@ -419,4 +420,56 @@ def test_float16_is_refused_on_the_cpu(pipeline, good_images):
     twin = copy.deepcopy(pipeline).to(torch.float16)
     for look in (twin, twin.restore, twin.denoise, twin.fit_normality):
         with pytest.raises(ValueError, match="float16 takes many times as long .* use pipe.to"):
-            look(good_images[:1])
+            look(good_images[:6] if look == twin.fit_normality else good_images[0])
+
+
+# -- few and odd good images ------------------------------------------------------------------------------------------
+
+
+def plain(count):
+    return [Image.new("RGB", (64, 64), (20 * i, 9, 9)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("pick", "categories", "message"),
+    [
+        (lambda good: good[:1] * 12, None, "12 good images, 11 of which are copies of others; it needs at least 5"),
+        (lambda good: good[:4] * 3, None, "12 good images, 8 of which are copies"),
+        (lambda good: [Image.new("RGB", (64, 64))] * 10, None, "10 of 10 good images are of one colour"),
+        (lambda good: plain(10), None, "10 of 10 good images are of one colour"),
+        (lambda good: good[:9] + plain(1), None, r"1 of 10 good images are of one colour"),
+        (lambda good: good[:2], None, "'object' has 2 good images; it needs at least 5"),
+        (lambda good: good[:4], None, "'object' has 4 good images; it needs at least 5"),
+        (lambda good: good[:7], ["nut"] * 6 + ["tile"], "'tile' has 1 good images; it needs at least 5"),
+        (lambda good: good[:6] + good[:1] * 5, ["nut"] * 6 + ["tile"] * 5, "'tile' has 5 good images, 4 of which"),
+    ],
+)
+def test_few_and_odd_good_images_are_refused_in_one_sentence(pipeline, good_images, pick, categories, message):
+    twin = pipeline.with_normality(pipeline.normality)
+    with pytest.raises(ValueError, match=message) as error:
+        twin.fit_normality(pick(good_images), categories=categories)
+    assert "\n" not in str(error.value) and twin.normality is pipeline.normality
+
+
+def test_five_good_images_give_a_model_that_works(pipeline, good_images):
+    twin = pipeline.with_normality(None).fit_normality(good_images[:5], gaussian_channels=16)
+    bad = good_images[6].copy()
+    bad.paste((250, 40, 40), (20, 20, 44, 44))
+    output = twin([good_images[6], bad])
+    assert np.isfinite(output.score).all() and output.score[1] > output.score[0] + 1 and output.p_value[1] < 0.2
+
+
+def test_copies_among_enough_good_images_are_told(pipeline, good_images):
+    twin = pipeline.with_normality(None)
+    with pytest.warns(UserWarning, match="2 of 8 good images are copies of others") as told:
+        twin.fit_normality(good_images[:6] + good_images[:2])
+    assert told[0].filename == __file__
+    assert np.isfinite(twin(good_images[7]).score).all()
+
+
+def test_images_that_are_nearly_alike_give_a_model(pipeline, good_images):
+    rng = np.random.default_rng(0)
+    alike = [Image.fromarray(rng.integers(0, 2, (64, 64, 3), dtype=np.uint8)) for _ in range(6)]
+    twin = pipeline.with_normality(None).fit_normality(alike)
+    scores = twin([good_images[0], alike[0]]).score
+    assert np.isfinite(scores).all() and scores[0] > scores[1] + 10

@@ -45,14 +45,15 @@ from validation import averaged, validate
 from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset, detect_format, load_hub_dataset
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler, to_pixels
-from rad.data.dataset import evenly
+from rad.data.dataset import MIN_IMAGES, evenly
 from rad.data.summary import DataSummary, summarise
 from rad.files import remove_partials
 from rad.image_processor import FULL_SCALE, check_pixel_range, find_pixel_range
-from rad.image_reader import peak
+from rad.image_reader import name_of, peak
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
+from rad.pipeline_arguments import check_different, fingerprint
 from rad.pipeline_loading import EMBEDDED_DIR
 
 logger = logging.getLogger("rad.train")
@@ -122,15 +123,16 @@ def decode_images(
     None.
 
     Raises:
-        ValueError: Names the images that cannot be read, unless they are to be skipped.
+        ValueError: Names the images that cannot be read, unless they are to be skipped; images are of one colour, or
+            most of a category are copies.
     """
 
-    def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int]] | Exception:
+    def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int], int] | Exception:
         try:
             pixels, size = processor.resize(dataset[index].image)
         except (ValueError, OSError) as error:
             return error
-        return to_pixels(pixels) if args.cache_images else None, size
+        return to_pixels(pixels) if args.cache_images else None, size, fingerprint(pixels)
 
     with ThreadPoolExecutor() as pool:
         progress = tqdm(pool.map(read, indices), "Decoding images", len(indices), disable=not show_progress)
@@ -143,14 +145,18 @@ def decode_images(
             raise ValueError(f"{message} Remove them, or leave them out with --skip_unreadable.")
         logger.warning(f"Skipped: {message}")
     results = {index: result for index, result in results.items() if not isinstance(result, Exception)}
-    sizes = Counter(size for _, size in results.values())
+    samples = [dataset.samples[index] for index in results]
+    categories, names = [sample.category for sample in samples], [name_of(sample.image) for sample in samples]
+    if num_copies := check_different([look for *_, look in results.values()], categories, MIN_IMAGES, names):
+        logger.warning(f"{num_copies} of {len(samples)} good images are copies of others: better take them out.")
+    sizes = Counter(size for _, size, _ in results.values())
     if len(sizes) > 1:
         height, width = sizes.most_common(1)[0][0]
         logger.info(
             f"Images of {len(sizes)} different sizes, most often {width} x {height}, are all resized to "
             f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
         )
-    return {index: image for index, (image, _) in results.items()}
+    return {index: image for index, (image, *_) in results.items()}
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What one look at images gives, and the scores that are made of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ SCORE_TYPES = {
         ScoreType(GLOBAL, "whole image", has_map=False),
     )
 }
+WEIGHTED = [name for name, score_type in SCORE_TYPES.items() if score_type.weighted]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def to_grid(maps: torch.Tensor, size: int) -> torch.Tensor:
     if maps.shape[-1] > size:
         return F.adaptive_avg_pool2d(maps, size)
     return F.interpolate(maps, (size, size), mode="bilinear")
+
+
+def weighted_sum(maps: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """The maps that have a weight and are there, in the registry's order: sums round alike whoever asks."""
+    zero = torch.zeros_like(next(iter(maps.values())))
+    return sum((weights[name] * maps[name] for name in SCORE_TYPES if name in weights and name in maps), start=zero)
 
 
 def paper_scores(evidence: Evidence, alpha: float = 0.5) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

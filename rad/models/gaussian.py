@@ -1,7 +1,8 @@
 """Gaussians of good images: moments that add up over processes, covariances, Mahalanobis distances, and all of them
 held out fold by fold, so that no image is judged by a fit that saw it."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,10 @@ from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
 NUM_FOLDS = 5
+MIN_GOOD = (
+    NUM_FOLDS  # images of a category: with fewer each is judged by so few others that bad ones stand out to none
+)
+MIN_SCORED = 2
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
@@ -95,6 +100,20 @@ def fit_deviation(moments: Moments, positioned: list[bool]) -> tuple[torch.Tenso
     alike = ~torch.tensor(positioned)
     location[alike], square[alike] = everywhere[:, alike]
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
+
+
+def check_counts(categories: Sequence[str], num_scored: int) -> None:
+    """Raises ValueError unless there are enough good images to fit to.
+
+    Args:
+        categories: Of each image; the last `num_scored` of them are scored.
+    """
+    scored = Counter(categories[len(categories) - num_scored :])
+    for category, count in sorted(Counter(categories).items()):
+        if count < MIN_GOOD or scored[category] < MIN_SCORED:
+            few = f"{count} good images" if count < MIN_GOOD else f"{scored[category]} good images held out"
+            least = MIN_GOOD if count < MIN_GOOD else MIN_SCORED
+            raise ValueError(f"Category {category!r} has {few}; it needs at least {least}.")
 
 
 # -- held out -----------------------------------------------------------------------------------------------------

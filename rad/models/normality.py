@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from .evidence import FUSED, GLOBAL, SCORE_TYPES, Evidence, to_grid
+from .evidence import FUSED, GLOBAL, WEIGHTED, Evidence, to_grid, weighted_sum
 from .false_alarms import TAIL, FalseAlarmMixin
 from .gaussian import (
     NUM_FOLDS,
     Moments,
     Reduce,
+    check_counts,
     fit_held_out_deviation,
     fit_held_out_gaussians,
     fit_held_out_scores,
@@ -97,8 +98,8 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         darkest_peak: int = 0,
     ) -> None:
         super().__init__()
-        _check_weights("weights", weights, [name for name in _weighted_names() if name != GLOBAL])
-        _check_weights("image_weights", image_weights, _weighted_names())
+        _check_weights("weights", weights, [name for name in WEIGHTED if name != GLOBAL])
+        _check_weights("image_weights", image_weights, WEIGHTED)
         # What was asked for; None is chosen anew by each fit
         self._asked = {"gaussian_size": gaussian_size, "gaussian_channels": gaussian_channels}
         self._asked["gaussian_block"] = gaussian_block
@@ -144,7 +145,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         config_dict = {name: value for name, value in config_dict.items() if name != "pooled"}  # read by nothing
         for name in ("weights", "image_weights"):
             if isinstance(config_dict.get(name), list):
-                config_dict[name] = dict(zip(_weighted_names(), config_dict[name], strict=False))
+                config_dict[name] = dict(zip(WEIGHTED, config_dict[name], strict=False))
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
@@ -232,7 +233,12 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             name: (self._image_score(maps, name, outlying) - location[:, row]) / scale[:, row]
             for row, name in enumerate(self.score_types)
         }
-        return maps, scores | {GLOBAL: outlying}
+        scores[GLOBAL] = outlying
+        if not all(values.isfinite().all() for values in scores.values()):
+            raise ValueError(
+                "An image's scores are not finite: the model is damaged, or its good images were too few."
+            )
+        return maps, scores
 
     def distance_score(self, distance: torch.Tensor, labels: list[int]) -> torch.Tensor:
         """The "mahalanobis" image score [B] of distances of features [B, g, g] alone, as `forward` gives it."""
@@ -257,7 +263,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         """Means over timesteps of deviations z [B, M, h, w], and their weighted sum, each in its scale [B, types]."""
         scale = {name: map_scale[:, i].view(-1, 1, 1) for i, name in enumerate(self.score_types)}
         maps = {name: z[:, channels].mean(1) / scale[name] for name, channels in self.channels.items()}
-        fused = _weighted_sum(maps, self.config.weights)
+        fused = weighted_sum(maps, self.config.weights)
         if self.config.context:
             side = z.shape[-1] // 4 * 2 + 1
             mean = F.avg_pool2d(fused[:, None], side, stride=1, padding=side // 2, count_include_pad=False)[:, 0]
@@ -269,7 +275,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         """Mean of the largest values of a map [B], to which the fused score adds how outlying the summary is [B]."""
         if score_type != FUSED:
             return self._top_mean(maps[score_type])
-        score = self._top_mean(_weighted_sum(maps, self.config.image_weights))
+        score = self._top_mean(weighted_sum(maps, self.config.image_weights))
         return score + self.config.image_weights.get(GLOBAL, 0.0) * outlying
 
     def _top_mean(self, maps: torch.Tensor) -> torch.Tensor:
@@ -306,7 +312,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             summaries: The extractor's, of the same images, [n, num_summaries].
             labels: Class label of each image of all shares, [N].
             raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
-            categories: Their names; each needs at least two scored images.
+            categories: Their names; each needs at least five images, two of them scored.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
 
@@ -314,19 +320,16 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             Itself.
 
         Raises:
-            ValueError: A category has fewer than two scored images.
+            ValueError: A category has fewer images, or they are so odd that the statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
         label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
+        check_counts([categories[label] for label in labels], num_scored)
         place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
         fold_of, counts = torch.full_like(label_of, -1), []
-        for label, category in enumerate(categories):
+        for label in range(len(categories)):
             scored = (label_of == label) & (place >= 0)
             counts.append(int(scored.sum()))
-            if counts[-1] < 2:
-                raise ValueError(
-                    f"Category {category!r} has {counts[-1]} good images to calibrate on; it needs at least 2."
-                )
             fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
         self._resize(features, summaries, raw_maps, categories, num_scored)
 
@@ -394,6 +397,16 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
+        dead = [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]
+        if dead:
+            raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
+        return self
+
+    def half(self) -> "NormalityModel":
+        """To half precision, but for statistics that would overflow there, as those of images much alike do."""
+        for name, buffer in self.named_buffers():
+            if buffer.half().isfinite().all():
+                setattr(self, name, buffer.half())
         return self
 
     def _resize(
@@ -430,16 +443,6 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         self.projection.copy_(basis[:, : self.projection.shape[1]])
 
 
-def _weighted_names() -> list[str]:
-    return [name for name, score_type in SCORE_TYPES.items() if score_type.weighted]
-
-
 def _check_weights(argument: str, weights: Mapping[str, float], names: Sequence[str]) -> None:
     if not isinstance(weights, Mapping) or not set(weights) <= set(names):
         raise ValueError(f"{argument} must give numbers to some of the names {', '.join(names)}, got {weights!r}.")
-
-
-def _weighted_sum(maps: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """The maps that have a weight and are there, in the registry's order: sums round alike whoever asks."""
-    zero = torch.zeros_like(next(iter(maps.values())))
-    return sum((weights[name] * maps[name] for name in SCORE_TYPES if name in weights and name in maps), start=zero)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
+from rad.pipeline_arguments import check_different, fingerprint
 
 from . import models, visitors
 from .batch import fetch, list_files
@@ -60,7 +61,7 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     """All pictures in files and archives, at the model's resolution, and what `fit_normality` has to know of them.
 
     Raises:
-        ValueError: One cannot be read, or there are too few or too many.
+        ValueError: One cannot be read or is of one colour, or there are too few different ones or too many.
     """
     files = list_files(paths)
     if len(files) > MAX_PICTURES:
@@ -82,6 +83,8 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     pictures = [resized for resized, _ in each(processor.resize)]
+    names = [name for name, *_ in files]
+    check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
     return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}
 
 

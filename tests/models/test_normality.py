@@ -609,9 +609,9 @@ def test_pixel_thresholds_fall_with_the_rate_and_hold_on_fresh_pixels(model, fre
         assert rate / 2 <= exceeded <= rate * 1.5
 
 
-def test_one_score_is_enough_for_thresholds():
-    """Two images are the fewest: everything stays finite."""
-    model = fit(*GoodImages(seed=6).draw(2))
+def test_five_images_are_enough_for_thresholds():
+    """They are the fewest: everything stays finite."""
+    model = fit(*GoodImages(seed=6).draw(5))
     assert all(buffer.isfinite().all() for buffer in model.buffers())
     p = model.p_value(torch.linspace(-5, 50, 100))
     assert (p.diff() <= 0).all() and (p > 0).all()
@@ -807,14 +807,46 @@ def test_bad_arguments_of_fit_normality_are_named(pipeline, good_images, argumen
 
 
 def test_fit_normality_takes_the_size_of_the_grid(small_pipeline_without_normality, good_images):
-    small_pipeline_without_normality.fit_normality(good_images[:4], gaussian_size=2, gaussian_channels=16)
+    small_pipeline_without_normality.fit_normality(good_images[:5], gaussian_size=2, gaussian_channels=16)
     assert small_pipeline_without_normality.normality.feature_mean.shape == (1, 16, 2, 2)
 
 
-def test_a_category_with_one_image_is_refused(fitted_on):
-    draws = [x[:5] for x in fitted_on]
-    with pytest.raises(ValueError, match="'tile' has 1 good images to calibrate on; it needs at least 2"):
-        fit(*draws, labels=[0, 0, 0, 0, 1], categories=["nut", "tile"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_category_with_too_few_images_is_refused(fitted_on, count):
+    draws = [x[: 5 + count] for x in fitted_on]
+    with pytest.raises(ValueError, match=f"'tile' has {count} good images; it needs at least 5"):
+        fit(*draws, labels=[0] * 5 + [1] * count, categories=["nut", "tile"])
+
+
+def test_a_single_held_out_image_is_refused(fitted_on):
+    features, residuals, raw_maps = (x[:8] for x in fitted_on)
+    with pytest.raises(ValueError, match="'tile' has 1 good images held out; it needs at least 2"):
+        fit(features, residuals, raw_maps[7:])
+
+
+def test_statistics_that_are_not_finite_are_refused(fitted_on):
+    features, residuals, raw_maps = (x[:8].clone() for x in fitted_on)
+    raw_maps[3, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="give no finite statistics"):
+        fit(features, residuals, raw_maps)
+
+
+def test_a_score_that_is_not_finite_is_refused(fitted_on):
+    """Of a model that was saved with such statistics."""
+    model = fit(*(x[:8] for x in fitted_on))
+    model.score_location[0, 0] = torch.inf
+    raw = torch.zeros(1, model.location.shape[1], *model.location.shape[2:])
+    with pytest.raises(ValueError, match="scores are not finite"):
+        model.judge(raw, torch.zeros(1), [0])
+
+
+def test_half_precision_keeps_what_would_overflow(fitted_on, tmp_path):
+    model = fit(*(x[:8] for x in fitted_on))
+    model.score_location[0, 0] = 1e6
+    model.half().save_pretrained(tmp_path)
+    loaded = NormalityModel.from_pretrained(tmp_path)
+    assert loaded.score_location[0, 0] == 1e6 and loaded.good_scores.dtype == torch.float32
+    assert model.location.dtype == torch.half
 
 
 def test_an_unknown_score_type_is_refused(model):

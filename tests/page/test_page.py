@@ -531,6 +531,15 @@ def test_too_few_good_pictures(good_files, page_model, count):
     assert not visitors._kept
 
 
+def test_good_pictures_that_show_nothing_give_no_model(good_files, page_model, tmp_path):
+    Image.new("RGB", (80, 80)).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match=r"1 of 13 good images \(the first is black.png\) are of one colour"):
+        product.fit([*good_files, str(tmp_path / "black.png")], "nut", page_model, "visitor")
+    with pytest.raises(ValueError, match="12 good images, 11 of which are copies of others; it needs at least 10"):
+        product.fit(good_files[:1] * 12, "nut", page_model, "visitor")
+    assert not visitors._kept
+
+
 def test_a_bad_file_among_good_ones_is_named(good_files, page_model, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match=r"notes\.txt.* Take it out and try again"):

@@ -254,7 +254,7 @@ def test_tables_go_into_a_page(tmp_path, results):
     )
     (tmp_path / "figures" / "mine").mkdir(parents=True)
     facts = ("num_test", "num_pasted", "num_good", "num_test_draws", "num_pasted_draws", "map_size")
-    ablate.report(args, {"model": "mine", "data": "parts", **dict.fromkeys(facts, 2)}, {"score": rows})
+    ablate.report(args, {"model": "mine", "data": "parts", "told": [], **dict.fromkeys(facts, 2)}, {"score": rows})
     table = ablate.to_markdown(ablate.ABLATIONS["score"], rows)
     assert page.read_text() == (
         f"before\n<!-- mine score -->\n\n{table}\n\n![Score](figures/mine/score.png)\n\n<!-- end -->\nafter\n"

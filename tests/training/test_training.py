@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from validation import validate
 
-from rad import RADFeatureExtractor, RADPipeline, RADUNet2DModel
+from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADUNet2DModel
 from rad.data import load_dataset
 from rad.data.synthetic import write_synthetic
 from rad.losses import compute_losses
@@ -617,6 +617,35 @@ def test_few_or_no_images_are_refused(photos, tmp_path):
         train_on(tmp_path / "empty", tmp_path / "model")
     with pytest.raises(ValueError, match="'one' has 1 good images to train on; it needs at least 10"):
         train_on(tmp_path / "one", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ("000.png", "'bricks' has 12 good images, 11 of which are copies of others; it needs at least 10"),
+        ("black.png", r"12 of 12 good images \(the first is 00.png\) are of one colour"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--no-cache_images"]])
+def test_odd_sets_are_refused_before_the_first_step(photos, tmp_path, picture, message, flags):
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    (tmp_path / "bricks").mkdir()
+    for i in range(12):
+        shutil.copy(
+            tmp_path / picture if picture == "black.png" else photos / picture, tmp_path / f"bricks/{i:02d}.png"
+        )
+    with pytest.raises(ValueError, match=message):
+        train_on(tmp_path / "bricks", tmp_path / "model", *flags)
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_copies_among_enough_images_are_told(photos, tmp_path, caplog):
+    folder = shutil.copytree(photos, tmp_path / "some")
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    args = train.parse_args(["--train_data_dir", str(folder), "--output_dir", str(tmp_path / "model")])
+    dataset = train.load_good_images(args)
+    train.decode_images(args, dataset, list(range(len(dataset))), RADImageProcessor(64), show_progress=False)
+    assert "1 of 11 good images are copies of others" in caplog.text
 
 
 def test_another_model_is_not_overwritten(whole, photos, tmp_path):
