@@ -1,0 +1,117 @@
+"""The good images to train on: listed, checked and decoded before anything else is begun."""
+
+import argparse
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from data_arguments import load_split, summarise_folder
+from tqdm.auto import tqdm
+
+from rad import RADImageProcessor
+from rad.data import AnomalyDataset, detect_format, load_hub_dataset
+from rad.data.batches import to_pixels
+from rad.data.dataset import MIN_IMAGES
+from rad.data.summary import DataSummary, summarise
+from rad.image_processor import FULL_SCALE, check_pixel_range, find_pixel_range
+from rad.image_reader import name_of, peak
+from rad.pipeline_arguments import check_different, fingerprint
+
+logger = logging.getLogger("rad.train")
+
+
+def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
+    """The good images of the data set that the arguments name."""
+    if args.dataset_name:
+        return load_hub_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.dataset_split,
+            args.image_column,
+            args.category_column,
+            args.label_column,
+            args.category,
+            args.hub_token,
+            args.cache_dir,
+        )
+    data_dir, output_dir = (Path(folder).resolve() for folder in (args.train_data_dir, args.output_dir))
+    if output_dir.is_relative_to(data_dir):
+        raise ValueError(f"--output_dir {output_dir} lies in --train_data_dir: its pictures would be trained on.")
+    dataset = load_split(args, "train", args.category)
+    if args.dataset_format == "auto" and not (args.good or args.bad or args.masks or args.all_good):
+        logger.info(f"{args.train_data_dir} is read as --dataset_format {detect_format(data_dir)}.")
+    return dataset
+
+
+def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
+    """What the numbers in images mean, as `find_pixel_range` says, or as --pixel_range does."""
+    if args.pixel_range:
+        return check_pixel_range(args.pixel_range), 0
+
+    def peak_of(index: int) -> int | None:
+        try:
+            return peak(dataset[index].image)
+        except (ValueError, OSError):  # told when it is decoded
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        pixel_range, darkest_peak = find_pixel_range(list(pool.map(peak_of, indices)))
+    if pixel_range != FULL_SCALE:
+        logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
+    return pixel_range, darkest_peak
+
+
+def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed."""
+    if not args.dataset_name:
+        return summarise_folder(args, args.category)
+    return summarise({"train": dataset or load_good_images(args)}, name=Path(args.dataset_name).name)
+
+
+def decode_images(
+    args: argparse.Namespace,
+    dataset: AnomalyDataset,
+    indices: list[int],
+    processor: RADImageProcessor,
+    show_progress: bool,
+) -> dict[int, torch.Tensor | None]:
+    """Decodes images once, as `TrainingImages` takes them, by index; without --cache_images only checks them, giving
+    None.
+
+    Raises:
+        ValueError: Names the images that cannot be read, unless they are to be skipped; images are of one colour, or
+            most of a category are copies.
+    """
+
+    def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int], int] | Exception:
+        try:
+            pixels, size = processor.resize(dataset[index].image)
+        except (ValueError, OSError) as error:
+            return error
+        return to_pixels(pixels) if args.cache_images else None, size, fingerprint(pixels)
+
+    with ThreadPoolExecutor() as pool:
+        progress = tqdm(pool.map(read, indices), "Decoding images", len(indices), disable=not show_progress)
+        results = dict(zip(indices, progress, strict=True))
+    unreadable = [str(result) for result in results.values() if isinstance(result, Exception)]
+    if unreadable:
+        named = " ".join(unreadable[:10]) + (" ..." if len(unreadable) > 10 else "")
+        message = f"{len(unreadable)} of {len(indices)} images cannot be read: {named}"
+        if not args.skip_unreadable:
+            raise ValueError(f"{message} Remove them, or leave them out with --skip_unreadable.")
+        logger.warning(f"Skipped: {message}")
+    results = {index: result for index, result in results.items() if not isinstance(result, Exception)}
+    samples = [dataset.samples[index] for index in results]
+    categories, names = [sample.category for sample in samples], [name_of(sample.image) for sample in samples]
+    if num_copies := check_different([look for *_, look in results.values()], categories, MIN_IMAGES, names):
+        logger.warning(f"{num_copies} of {len(samples)} good images are copies of others: better take them out.")
+    sizes = Counter(size for _, size, _ in results.values())
+    if len(sizes) > 1:
+        height, width = sizes.most_common(1)[0][0]
+        logger.info(
+            f"Images of {len(sizes)} different sizes, most often {width} x {height}, are all resized to "
+            f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
+        )
+    return {index: image for index, (image, *_) in results.items()}
