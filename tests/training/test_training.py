@@ -1,6 +1,7 @@
 """Training as a user runs it: from a data set on disk or the Hub to a pipeline folder, however often interrupted."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -632,6 +633,26 @@ def test_copies_among_enough_images_are_told(photos, tmp_path, caplog):
     dataset = train.load_good_images(args)
     train.decode_images(args, dataset, list(range(len(dataset))), RADImageProcessor(64), show_progress=False)
     assert "1 of 11 good images are copies of others" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", "--train_data_dir --output_dir --init_from --cache_dir --resume_from_checkpoint"),
+        ("evaluate", "--data_dir --output_dir"),
+        ("compare", "--data_dir --output_dir"),
+        ("ablate", "--data_dir --output_dir --raw_dir"),
+        ("convert_guided_diffusion", "checkpoint --output_dir"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, flags, monkeypatch):
+    """No shell expands it in --data_dir=~/photos or in a file of settings."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = [f"{flag}=~/{flag.strip('-')}" if flag.startswith("--") else f"~/{flag}" for flag in flags.split()]
+    args = importlib.import_module(command).parse_args(given)
+    for flag in flags.split():
+        name = flag.strip("-")
+        assert getattr(args, name) == f"/home/somebody/{name}"
 
 
 def test_another_model_is_not_overwritten(whole, photos, tmp_path):
