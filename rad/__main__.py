@@ -29,7 +29,7 @@ def main() -> None:
     seconds = time.monotonic() - start
 
     image = decode(args.image, pipeline.image_processor.pixel_range)
-    path = Path(args.output)
+    path = Path(args.output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
         overlay(image, output.anomaly_map[0], *pipeline.normality.heat_range()).save(partial)

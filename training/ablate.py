@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and It
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
-    parser.add_argument("--data_dir", required=True, help="Folder of the data set that the model was trained on.")
+    parser.add_argument(
+        "--data_dir", type=expanduser, required=True, help="Folder of the data set that the model was trained on."
+    )
     add_data_arguments(parser.add_argument, "Looked at by --dry_run; the ablations take the model's own.")
     parser.add_argument("--holdout_fraction", type=float, default=0.2, help="As it was in training.")
     parser.add_argument("--max_train_samples", type=int, help="As it was in training.")
@@ -92,8 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--map_size", type=int, default=256, help="Maps and masks are compared at this square.")
     parser.add_argument("--batch_size", type=int, default=4, help="Images in one pass.")
-    parser.add_argument("--output_dir", required=True, help="ablations.json, ablations.md and the figures go here.")
-    parser.add_argument("--raw_dir", help="The raw maps go here, about 2 MB an image; by default --output_dir/raw.")
+    parser.add_argument(
+        "--output_dir", type=expanduser, required=True, help="ablations.json, ablations.md and the figures go here."
+    )
+    parser.add_argument(
+        "--raw_dir", type=expanduser, help="The raw maps go here, about 2 MB an image; by default --output_dir/raw."
+    )
     parser.add_argument(
         "--page",
         help="Also put each table into this Markdown file, between <!-- NAME ABLATION --> and <!-- end -->; NAME is "

@@ -1,6 +1,7 @@
 """What `train.py` can be told."""
 
 import argparse
+from os.path import expanduser
 
 from data_arguments import add_data_arguments
 from diffusers.optimization import SchedulerType
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     flag = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="Folder of the data set; good images are trained on.")
+    add("--train_data_dir", type=expanduser, help="Folder of the data set; good images are trained on.")
     add_data_arguments(add, "Categories to train on, as one unified model; by default all.")
     add("--dataset_name", help="Hub id of a data set, in place of --train_data_dir.")
     add("--dataset_config_name", help="Configuration of the Hub data set.")
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--image_column", default="image", help="Column of the Hub data set with the images.")
     add("--category_column", help="Column that tells what an image shows; without, all show the same.")
     add("--label_column", help="Column with 0, 'good', 'OK' or the like for good images; without, all are good.")
-    add("--cache_dir", help="Where downloads from the Hub are kept.")
+    add("--cache_dir", type=expanduser, help="Where downloads from the Hub are kept.")
     add("--max_train_samples", type=positive, help="Take this many good images at most, picked at random.")
     add("--holdout_fraction", type=fraction, help="Good images kept for the thresholds; 0.2 by default.")
     add(
@@ -82,7 +83,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--pretrained_model_name_or_path",
         help=f"Pipeline to start from: a folder, a Hub id, or {' or '.join(EMBEDDED_MODELS)}.",
     )
-    add("--init_from", help="U-Net to start from: guided-diffusion's 256x256_diffusion.pt, or a folder.")
+    add(
+        "--init_from",
+        type=expanduser,
+        help="U-Net to start from: guided-diffusion's 256x256_diffusion.pt, or a folder.",
+    )
     add("--backbone", help="timm backbone with ImageNet weights; by default the embedded extractor.")
     add("--feature_stride", type=int, help="Pixels per position of --backbone's grid; 8 by default.")
     add(
@@ -115,7 +120,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="rad-model", help="The pipeline and the checkpoints go here.")
+    add("--output_dir", type=expanduser, default="rad-model", help="The pipeline and the checkpoints go here.")
     add("--overwrite_output_dir", action="store_true", help="Replace the model that is there.")
     add("--seed", type=int, default=0, help="Of everything random.")
     add("--train_batch_size", type=positive, default=8, help="Crops per process; whole images are fewer.")
@@ -159,7 +164,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add = parser.add_argument_group("checkpoints, logs and the Hub").add_argument
     add("--checkpointing_steps", type=positive, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=positive, default=2, help="Older ones are deleted.")
-    add("--resume_from_checkpoint", help="A checkpoint folder, or 'latest' for the last good one.")
+    add("--resume_from_checkpoint", type=expanduser, help="A checkpoint folder, or 'latest' for the last good one.")
     add(
         "--report_to",
         default="none",

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ COLUMNS = {  # of the table: heading, and how a value is written
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
-    parser.add_argument("--data_dir", required=True, help="Folder of the data set.")
+    parser.add_argument("--data_dir", type=expanduser, required=True, help="Folder of the data set.")
     add_data_arguments(parser.add_argument)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "draem"])
     parser.add_argument("--refit", nargs="+", choices=METHODS, default=[], help="Methods to fit and measure anew.")
@@ -99,7 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="Of the peers; the model's noise is as it was fitted.")
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument(
-        "--output_dir", default="comparison", help="For results.json, results.md, comparison.png and what is fitted."
+        "--output_dir",
+        type=expanduser,
+        default="comparison",
+        help="For results.json, results.md, comparison.png and what is fitted.",
     )
     return parser.parse_args(argv)
 

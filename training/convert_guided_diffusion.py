@@ -7,6 +7,7 @@
 """
 
 import argparse
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from rad.models.guided_diffusion import load_guided_diffusion
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="256x256_diffusion.pt.")
-    parser.add_argument("--output_dir", default="ran-init", help="The U-Net goes here, as a diffusers model folder.")
+    parser.add_argument("checkpoint", type=expanduser, help="256x256_diffusion.pt.")
+    parser.add_argument(
+        "--output_dir", type=expanduser, default="ran-init", help="The U-Net goes here, as a diffusers model folder."
+    )
     parser.add_argument("--categories", nargs="+", default=[], help="Names of the categories to train on.")
     parser.add_argument("--feature_channels", type=int, default=272, help="Channels of the extractor.")
     parser.add_argument("--feature_stride", type=int, default=4, help="Pixels per position of the extractor's grid.")

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "where each has its own.",
     )
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data_dir", help="Folder of the data set.")
+    data.add_argument("--data_dir", type=expanduser, help="Folder of the data set.")
     data.add_argument("--dataset_name", help="Data set of the Hub.")
     add_data_arguments(parser.add_argument)
     parser.add_argument("--dataset_config_name", help="Hub: configuration of the data set.")
@@ -105,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Of the noise, by default that of the model's statistics, or 0 without any; and of drawn defects, 0.",
     )
     parser.add_argument("--device", help="By default a GPU if there is one.")
-    parser.add_argument("--output_dir", required=True, help="Where everything is written.")
+    parser.add_argument("--output_dir", type=expanduser, required=True, help="Where everything is written.")
     args = parser.parse_args(argv)
     if args.unified and CATEGORY in args.model:
         parser.error(f"--unified measures one model for all categories, but --model has {CATEGORY} in it.")

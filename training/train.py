@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
                 shutil.rmtree(checkpoint)
         if args.push_to_hub:  # first of all, so that a refused token costs no training
             args.hub_model_id = create_repo(args)
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)  # NumPy's takes no more
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # 1. Good images: decoded once; a share is kept away from training, for the thresholds

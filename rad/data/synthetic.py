@@ -374,7 +374,7 @@ def write_synthetic(
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m rad.data.synthetic OUT`."""
     parser = argparse.ArgumentParser(description="Write a synthetic anomaly data set in the MVTec AD layout.")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=lambda path: Path(path).expanduser())
     parser.add_argument("--categories", nargs="+", default=CATEGORIES, choices=CATEGORIES)
     parser.add_argument("--num_train", type=int, default=100)
     parser.add_argument("--num_test_good", type=int, default=20)

@@ -13,9 +13,7 @@ from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
 NUM_FOLDS = 5
-MIN_GOOD = (
-    NUM_FOLDS  # images of a category: with fewer each is judged by so few others that bad ones stand out to none
-)
+MIN_GOOD = NUM_FOLDS  # of a category: with fewer each is judged by so few others that no bad one stands out
 MIN_SCORED = 2
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
@@ -102,18 +100,21 @@ def fit_deviation(moments: Moments, positioned: list[bool]) -> tuple[torch.Tenso
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
 
 
-def check_counts(categories: Sequence[str], num_scored: int) -> None:
+def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_GOOD) -> None:
     """Raises ValueError unless there are enough good images to fit to.
 
     Args:
         categories: Of each image; the last `num_scored` of them are scored.
+        least: Images that each category needs, of which `MIN_SCORED` are scored.
     """
     scored = Counter(categories[len(categories) - num_scored :])
     for category, count in sorted(Counter(categories).items()):
-        if count < MIN_GOOD or scored[category] < MIN_SCORED:
-            few = f"{count} good images" if count < MIN_GOOD else f"{scored[category]} good images held out"
-            least = MIN_GOOD if count < MIN_GOOD else MIN_SCORED
-            raise ValueError(f"Category {category!r} has {few}; it needs at least {least}.")
+        if count < least:
+            raise ValueError(f"Category {category!r} has {count} good images; it needs at least {least}.")
+        if scored[category] < MIN_SCORED:
+            raise ValueError(
+                f"Category {category!r} has {scored[category]} good images held out; it needs at least {MIN_SCORED}."
+            )
 
 
 # -- held out -----------------------------------------------------------------------------------------------------

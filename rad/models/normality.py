@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from .evidence import FUSED, GLOBAL, WEIGHTED, Evidence, to_grid, weighted_sum
 from .false_alarms import TAIL, FalseAlarmMixin
 from .gaussian import (
+    MIN_SCORED,
     NUM_FOLDS,
     Moments,
     Reduce,
@@ -312,7 +313,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             summaries: The extractor's, of the same images, [n, num_summaries].
             labels: Class label of each image of all shares, [N].
             raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
-            categories: Their names; each needs at least five images, two of them scored.
+            categories: Their names; each needs at least two scored images.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
 
@@ -320,11 +321,11 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             Itself.
 
         Raises:
-            ValueError: A category has fewer images, or they are so odd that the statistics are not finite.
+            ValueError: A category has fewer scored images, or they are so odd that the statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
         label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
-        check_counts([categories[label] for label in labels], num_scored)
+        check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
         place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
         fold_of, counts = torch.full_like(label_of, -1), []
         for label in range(len(categories)):

@@ -811,11 +811,10 @@ def test_fit_normality_takes_the_size_of_the_grid(small_pipeline_without_normali
     assert small_pipeline_without_normality.normality.feature_mean.shape == (1, 16, 2, 2)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_category_with_too_few_images_is_refused(fitted_on, count):
-    draws = [x[: 5 + count] for x in fitted_on]
-    with pytest.raises(ValueError, match=f"'tile' has {count} good images; it needs at least 5"):
-        fit(*draws, labels=[0] * 5 + [1] * count, categories=["nut", "tile"])
+def test_a_category_with_one_image_is_refused(fitted_on):
+    draws = [x[:5] for x in fitted_on]
+    with pytest.raises(ValueError, match="'tile' has 1 good images; it needs at least 2"):
+        fit(*draws, labels=[0, 0, 0, 0, 1], categories=["nut", "tile"])
 
 
 def test_a_single_held_out_image_is_refused(fitted_on):

@@ -1,6 +1,7 @@
 """Training as a user runs it: from a data set on disk or the Hub to a pipeline folder, however often interrupted."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import time
 from functools import partialmethod
 from pathlib import Path
 
+import good_images
 import numpy as np
 import pytest
 import torch
@@ -446,7 +448,7 @@ def test_every_flag_is_read_by_a_run_and_reaches_what_it_is_for(hub, photos, tmp
         given["backbone"] = (*backbone, grid)
         return RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
 
-    monkeypatch.setattr(train, "load_hub_dataset", load_hub_dataset)
+    monkeypatch.setattr(good_images, "load_hub_dataset", load_hub_dataset)
     monkeypatch.setattr(RADFeatureExtractor, "from_timm", from_timm)
     monkeypatch.setattr(Watched, "read", set())
     data = "--dataset_name name --dataset_config_name config --dataset_split split --image_column image"
@@ -456,7 +458,7 @@ def test_every_flag_is_read_by_a_run_and_reaches_what_it_is_for(hub, photos, tmp
     args = [*data.split(), "--output_dir", tmp_path / "model", *SMALL, *flags.split(), "--max_train_steps", "1"]
     run(*args, "--skip_unreadable", namespace=Watched)
     local = train.parse_args(["--train_data_dir", str(photos), "--dataset_format", "folder"])
-    assert len(train.load_good_images(Watched(**vars(local)))) == 10
+    assert len(good_images.load_good_images(Watched(**vars(local)))) == 10
 
     assert not set(vars(local)) - Watched.read
     assert given["data"] == ("name", "config", "split", "image", "kind", "label", ["a", "b"], "hf_user", "cache")
@@ -643,9 +645,29 @@ def test_copies_among_enough_images_are_told(photos, tmp_path, caplog):
     folder = shutil.copytree(photos, tmp_path / "some")
     shutil.copy(folder / "000.png", folder / "copy.png")
     args = train.parse_args(["--train_data_dir", str(folder), "--output_dir", str(tmp_path / "model")])
-    dataset = train.load_good_images(args)
-    train.decode_images(args, dataset, list(range(len(dataset))), RADImageProcessor(64), show_progress=False)
+    dataset = good_images.load_good_images(args)
+    good_images.decode_images(args, dataset, list(range(len(dataset))), RADImageProcessor(64), show_progress=False)
     assert "1 of 11 good images are copies of others" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", "--train_data_dir --output_dir --init_from --cache_dir --resume_from_checkpoint"),
+        ("evaluate", "--data_dir --output_dir"),
+        ("compare", "--data_dir --output_dir"),
+        ("ablate", "--data_dir --output_dir --raw_dir"),
+        ("convert_guided_diffusion", "checkpoint --output_dir"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, flags, monkeypatch):
+    """No shell expands it in --data_dir=~/photos or in a file of settings."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = [f"{flag}=~/{flag.strip('-')}" if flag.startswith("--") else f"~/{flag}" for flag in flags.split()]
+    args = importlib.import_module(command).parse_args(given)
+    for flag in flags.split():
+        name = flag.strip("-")
+        assert getattr(args, name) == f"/home/somebody/{name}"
 
 
 def test_another_model_is_not_overwritten(whole, photos, tmp_path):
