@@ -22,6 +22,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from rad import RADPipeline, evaluation
 from rad.data import AnomalyDataset, Sample, load_dataset
 from rad.data.defects import DEFECTS, add_defect
+from rad.data.drawn import DrawnDefects
 from rad.data.synthetic import write_synthetic
 from rad.evaluation import alpha_sweep, measure_decisions, score_dataset
 from rad.metrics import aupro
@@ -390,7 +391,7 @@ def test_metrics_of_images_some_of_whose_masks_are_not_known():
 
 def test_drawn_defects_stand_beside_the_good_images_that_they_are_drawn_on(data_dir):
     good = load_dataset(data_dir, split="train", categories=["brick"])
-    drawn = evaluation.DrawnDefects(good, 4, seed=3)
+    drawn = DrawnDefects(good, 4, seed=3)
     picked = [0, 3, 6, 9]
     assert [sample.defect for sample in drawn.samples] == [x for kind in DEFECTS[:4] for x in ("good", kind)]
     for position, i in enumerate(picked):
