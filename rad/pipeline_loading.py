@@ -99,7 +99,8 @@ class RADLoaderMixin(DiffusionPipeline):
         if len(given) > 1:
             raise ValueError("Give dtype or torch_dtype, not both.")
         dtypes = [dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype for dtype in given]
-        return super().from_pretrained(name, **kwargs).to(dtype=dtypes[0] if dtypes else None)
+        pipeline = super().from_pretrained(name, **kwargs)
+        return pipeline.to(dtype=dtypes[0]) if dtypes else pipeline
 
     @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +110,7 @@ class RADLoaderMixin(DiffusionPipeline):
         In bfloat16 the fused score of an image moves by less than .05, any other score and any value of a map by less
         than .25, in units of good-image deviation (measured on the embedded models); float16 is four times as fine. On
         the CPU float16 is refused when images are looked at: it takes many times as long there.
+        `DiffusionPipeline.from_pretrained` has no such care: load in float32 with it, and then come here.
         """
         dtypes = [value for value in args if isinstance(value, torch.dtype)]
         if (named := kwargs.pop("dtype", None)) is not None:

@@ -13,8 +13,8 @@ from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
 NUM_FOLDS = 5
-MIN_GOOD = NUM_FOLDS  # of a category: with fewer each is judged by so few others that no bad one stands out
-MIN_SCORED = 2
+# Images of a category, and of them held out: of fewer each is judged by so few others that bad ones stand out to none
+MIN_GOOD, MIN_SCORED = NUM_FOLDS, 2
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
