@@ -312,7 +312,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             summaries: The extractor's, of the same images, [n, num_summaries].
             labels: Class label of each image of all shares, [N].
             raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
-            categories: Their names; each needs at least five images, two of them scored.
+            categories: Their names; each needs at least two scored images.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
 
@@ -320,7 +320,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             Itself.
 
         Raises:
-            ValueError: A category has fewer images, or they are so odd that the statistics are not finite.
+            ValueError: A category has fewer, or they are so odd that the statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
         label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
