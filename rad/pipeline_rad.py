@@ -364,7 +364,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         # 0. Check inputs
         (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
         names = check_categories(good, held_out, categories, holdout_categories)
-        check_counts(names, len(held_out) or len(good))
+        check_counts(names, len(held_out) or len(good), MIN_GOOD)
         known = sorted(set(names))
         if self.normality is not None:
             kept = ("weights", "image_weights", "context", "top_k")

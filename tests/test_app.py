@@ -121,7 +121,7 @@ def test_work_is_done_on_a_space_s_gpu(monkeypatch, page_model, part):
     spec.loader.exec_module(on_zero)
     picture = Image.open(part).convert("RGB")
     assert on_zero.run(page_model, "__call__", picture).score.shape == (1,)
-    on_zero.fit(page_model, [picture] * 2, "nut")
+    on_zero.fit(page_model, [picture.rotate(turn) for turn in range(5)], "nut")
     assert calls == ["_run", "_fit"]
 
 

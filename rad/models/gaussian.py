@@ -13,8 +13,8 @@ from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
 NUM_FOLDS = 5
-# Images of a category, and of them held out: of fewer each is judged by so few others that bad ones stand out to none
-MIN_GOOD, MIN_SCORED = NUM_FOLDS, 2
+MIN_SCORED = 2  # good images of a category: what a deviation needs
+MIN_GOOD = NUM_FOLDS  # of fewer each is judged by so few others that nothing bad stands out
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
@@ -100,21 +100,20 @@ def fit_deviation(moments: Moments, positioned: list[bool]) -> tuple[torch.Tenso
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
 
 
-def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_GOOD) -> None:
+def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SCORED) -> None:
     """Raises ValueError unless there are enough good images to fit to.
 
     Args:
         categories: Of each image; the last `num_scored` of them are scored.
-        least: Images that each category needs, of which `MIN_SCORED` are scored.
+        least: Images that each category needs.
     """
     scored = Counter(categories[len(categories) - num_scored :])
     for category, count in sorted(Counter(categories).items()):
         if count < least:
             raise ValueError(f"Category {category!r} has {count} good images; it needs at least {least}.")
         if scored[category] < MIN_SCORED:
-            raise ValueError(
-                f"Category {category!r} has {scored[category]} good images held out; it needs at least {MIN_SCORED}."
-            )
+            held = f"{scored[category]} good images held out"
+            raise ValueError(f"Category {category!r} has {held}; it needs at least {MIN_SCORED}.")
 
 
 # -- held out -----------------------------------------------------------------------------------------------------
