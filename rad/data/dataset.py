@@ -31,7 +31,7 @@ class Sample:
     category: str
     defect: str = "good"
     mask: Path | Image.Image | tuple[Path, ...] | None = None
-    mask_threshold: int | None = None
+    mask_threshold: float | None = None
 
     @property
     def label(self) -> int:
@@ -121,6 +121,16 @@ def evenly(count: int, limit: int | None) -> list[int]:
     if limit is None or limit >= count:
         return list(range(count))
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
+
+
+def check_masks_found(folder: Path, samples: Sequence[Sample], masks: Sequence[Path]) -> None:
+    """Raises ValueError if there are masks, and none is that of a sample."""
+    defects = [sample for sample in samples if sample.label]
+    if masks and defects and not any(sample.mask for sample in defects):
+        raise ValueError(
+            f"None of the {len(defects)} defects in {folder} has a mask of its name, such as "
+            f"{Path(defects[0].image).name}, though there are {len(masks)} masks, such as {masks[0].name}."
+        )
 
 
 def pick_categories(source: Path | str, available: list[str], wanted: list[str] | None) -> list[str]:

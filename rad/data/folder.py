@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .dataset import Sample
+from .dataset import Sample, check_masks_found
 from .doubts import can_be_opened, is_binary, kinds_of_names, label_files, refusal
 from .listing import LINKS, Listing, list_files
 from .roles import Meaning, mask_stem, meaning_of
@@ -86,12 +86,7 @@ def load_folder(
     ]
     if entries and not samples and split == "train":
         raise ValueError(f"{root} has no good images to train on: all lie in folders of tests.")
-    defects = [sample for sample in samples if sample.label]
-    if find.masks and defects and not any(sample.mask for sample in defects):
-        raise ValueError(
-            f"None of the {len(defects)} defects in {root} has a mask of its name, such as "
-            f"{defects[0].image.name}, though there are {len(find.masks)} masks, such as {find.masks[0].path.name}."
-        )
+    check_masks_found(root, samples, [mask.path for mask in find.masks])
     return samples
 
 

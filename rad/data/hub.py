@@ -58,7 +58,7 @@ def load_hub_dataset(
     token: str | None = None,
     cache_dir: str | None = None,
     mask_column: str | None = None,
-    mask_threshold: int = 0,
+    mask_threshold: float | None = None,
     good_only: bool = True,
 ) -> HubDataset:
     """One split of a data set: its good images to train on, or, to measure, all.
@@ -72,7 +72,8 @@ def load_hub_dataset(
         categories: Names to keep; by default all.
         mask_column: Column with the masks of images that are not good; where it is empty, and without it, they count
             at image level only.
-        mask_threshold: Grey values above it are defect; by default all but 0, since masks often hold class numbers.
+        mask_threshold: Values of the masks above it are defect; by default they are told by what is there, as
+            `masks.py` says.
         good_only: Leave out all images that are not good.
 
     Raises:

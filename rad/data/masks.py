@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from scipy.ndimage import maximum_filter, minimum_filter
+from scipy.ndimage import label, maximum, maximum_filter, minimum_filter
 
 from ..image_reader import FORMATS, MAX_SIDE
+from .listing import is_image
+from .roles import mask_stem
 
-# Lossless formats first: of two masks of one name, the one that no compression has touched
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".gif", ".webp", ".jpg", ".jpeg")
-MASK_WORDS = ("mask", "gt", "label", "groundtruth", "ground_truth", "masks", "labels", "truth", "seg", "segmentation")
-MASK_WORDS += ("annotation", "anno", "defect")
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".hif")
 NUM_KINDS = 31  # a mask of whole numbers up to here holds kinds of defect, not greys
 INVERTED_SHARE = 0.5  # masks that cover more may be inverted
 NOISE = 16  # 8-bit greys that compression may leave in black areas
@@ -49,24 +48,24 @@ class Mask:
 def find_mask(folder: Path, stem: str) -> Path | None:
     """The mask of an image in a folder of masks, whatever the image's own suffix and the case of letters.
 
-    It bears the image's name, alone or with one of `MASK_WORDS` behind or before it: `000_mask.png`, `000-GT.tif`,
-    `mask_000.jpg`. Of several the one with a word goes first, and then in the order of `MASK_WORDS` and
-    `MASK_SUFFIXES`.
+    It bears the image's name, alone or as `mask_stem` knows it: `000_mask.png`, `000-GT.tif`, `mask_000.jpg`. Of
+    several `<stem>_mask` goes first, then other words than the name alone, and formats that no compression touches.
     """
+    plain = folder / f"{stem}_mask.png"
+    if plain.is_file():
+        return plain
     if not folder.is_dir():
         return None
-    # What stands before and behind the image's name, best first
-    around = [("", f"{mark}{word}") for word in MASK_WORDS for mark in "_-. "]
-    around += [(f"{word}{mark}", "") for word in MASK_WORDS for mark in "_-. "] + [("", "")]
-    ranks = {f"{a}{stem}{b}{suffix}".lower(): (a, b) for a, b in around for suffix in MASK_SUFFIXES}
-    order = {name: rank for rank, name in enumerate(ranks)}
 
-    def rank(name: str) -> tuple:
-        before, _ = ranks[name.lower()]
-        return name[len(before) :][: len(stem)] != stem, order[name.lower()], name  # "a" and "A" may be two images
+    def rank(path: Path) -> tuple:
+        is_other_case = stem not in path.stem  # "a" and "A" may be two images
+        words = path.stem.casefold().replace(stem.casefold(), "", 1)
+        return is_other_case, words != "_mask", not words, path.suffix.lower() in LOSSY_SUFFIXES, path.name
 
-    found = sorted((name for name in os.listdir(folder) if name.lower() in ranks), key=rank)
-    return next((folder / name for name in found if (folder / name).is_file()), None)
+    name = stem.casefold()
+    near = [folder / other for other in os.listdir(folder) if name in other.casefold()]
+    own = [path for path in near if name in (path.stem.casefold(), (mask_stem(path.stem) or "").casefold())]
+    return min(filter(is_image, own), key=rank, default=None)
 
 
 def read_mask(
@@ -93,7 +92,7 @@ def read_mask(
             with Image.open(part, formats=FORMATS) if isinstance(part, Path) else nullcontext(part) as mask:
                 if max(mask.size) > MAX_SIDE or getattr(mask, "n_frames", 1) > 1:
                     raise ValueError(f"{mask.width} x {mask.height} pixels, {getattr(mask, 'n_frames', 1)} pages")
-                lossy, is_cut = mask.format in ("JPEG", "MPO"), _is_cut(mask)
+                lossy, is_cut = _is_lossy(mask), _is_cut(mask)
                 mask = ImageOps.exif_transpose(mask)
         except Exception as error:  # Pillow's parsers raise many types on damaged files
             raise ValueError(f"{called} cannot be read ({error}).") from error
@@ -152,6 +151,17 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def _is_lossy(image: Image.Image) -> bool:
+    """Whether its file's compression moves values."""
+    if image.format != "WEBP":
+        return image.format in ("JPEG", "MPO", "AVIF", "HEIF")
+    file = getattr(image, "fp", None)
+    if file is None:  # decoded already
+        return True
+    file.seek(0)
+    return b"VP8L" not in file.read()  # the chunk of lossless pixels
+
+
 def _is_cut(image: Image.Image) -> bool:
     """Whether Pillow drops the lower 8 of 16 bits a colour."""
     args = image.tile[0][3] if getattr(image, "tile", None) else ""
@@ -186,8 +196,9 @@ def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
         return brightest, ("colours on black are defects",)
     if darkest.max() >= 255 - NOISE:
         return 255 - darkest, ("colours on white are defects",)
-    shown, counts = np.unique(colours.reshape(-1, 3), axis=0, return_counts=True)
-    names = [str(tuple(shown[i].tolist())) for i in np.argsort(-counts)[:2]]
+    codes = colours.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+    shown, counts = np.unique(codes, return_counts=True)
+    names = [str(tuple(int(shown[i]).to_bytes(3, "big"))) for i in np.argsort(-counts)[:2]]
     raise ValueError(f"has the colours {' and '.join(names)}{' and more' if len(shown) > 2 else ''}, but no black")
 
 
@@ -200,13 +211,13 @@ def _from_palette(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]] | No
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
     colours = palette[used]
     is_black, is_white = (colours == 0).all(-1), (colours == 255).all(-1)
-    by_index = (indices > 0).astype(np.uint8), ("every index of the palette but 0 is defect",)
+    by_index = np.where(indices > 0, np.uint8(255), np.uint8(0)), ("every index of the palette but 0 is defect",)
     if len(used) > 1 and len(np.unique(colours, axis=0)) < len(used) and used[0] == 0:
         return by_index
     if (colours.max(-1) == colours.min(-1)).all() and is_black.any():
         return palette[:, 0][indices], ()
     if is_black.any() and len(used) <= NUM_KINDS:
-        return palette.any(-1)[indices].astype(np.uint8), ("colours of the palette but black are defects",)
+        return palette.any(-1)[indices] * np.uint8(255), ("colours of the palette but black are defects",)
     if used[0] == 0 and not is_black.any():
         if is_white.any() and (len(used) == 1 or not is_white[0]):
             raise ValueError("has a palette whose index 0 is not black, and white beside it or alone")
@@ -223,20 +234,27 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
     is_whole = levels.dtype.kind != "f" or bool((values == values.round()).all())
     if low < 0:
         raise ValueError(f"has negative values, down to {low:g}")
+    if lossy and 0 < high <= NUM_KINDS:
+        raise ValueError(f"is of values up to {high:g} that lossy compression does not keep apart")
     if low == high:
         if high not in (0, 1, 255, 65535):
             raise ValueError(f"is {high:g} everywhere")
         return levels > 0, ()
     if low > high / 8:
         raise ValueError(f"has no background, its values go from {low:g} to {high:g}")
-    if lossy and high <= NUM_KINDS:
-        raise ValueError(f"is a JPEG of values up to {high:g}, which its compression does not keep apart")
     if len(values) == 2:
         return levels > low, () if high == 255 else ("the larger of two values is defect",)
-    solid = maximum_filter(levels, 3) == minimum_filter(levels, 3)
-    has_areas = len(values) <= 4 and set(values[1:]) <= set(np.unique(levels[solid]))
-    if is_whole and (high <= NUM_KINDS or has_areas and low == 0 and not lossy):
+    if is_whole and high <= NUM_KINDS:
         return levels > 0, ("each value but 0 is a kind of defect",)
+    solid, noise = maximum_filter(levels, 3) == minimum_filter(levels, 3), high * NOISE / 255
+    near_black, near_white = (values > 0) & (values <= noise), (values < high) & (values >= high - noise)
+    is_noisy = lossy or len(values) > NUM_KINDS or (near_black.any() and near_white.any())
+    if is_whole and low == 0 and len(values) <= 4 and not is_noisy:
+        # Kinds have areas, or stand alone however thin they are; what only lies around brighter values is their edge
+        regions, count = label(levels > 0, np.ones((3, 3)))
+        alone = maximum(levels, regions, np.arange(1, count + 1))
+        if set(values[1:].tolist()) <= {*np.unique(levels[solid]).tolist(), *np.unique(alone).tolist()}:
+            return levels > 0, ("each value but 0 is a kind of defect",)
 
     # Greys: edges have many, each in few places; kinds of defect have areas
     scale = next((s for s in (1, 255, 65535) if high <= s and (s > 1 or not is_whole)), high)
@@ -245,8 +263,7 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
     between = np.count_nonzero(lit & ~solid & (levels < high * 7 / 8))
     if len(values) > NUM_KINDS and between > max(0.05 * levels.size, 0.75 * np.count_nonzero(lit)):
         raise ValueError(f"has {len(values)} different values, as a photograph")
-    noise = high * NOISE / 255 if len(values) > NUM_KINDS else 0
-    faint = levels[solid & (levels > noise) & (levels <= middle)]
+    faint = levels[solid & (levels > (noise if is_noisy else 0)) & (levels <= middle)]
     if faint.size and not lossy:
         return levels > faint.min() / 2, ("greys in solid areas are kinds of defect",)
     return levels > middle, () if middle == 127.5 else ("values above the middle are defect",)

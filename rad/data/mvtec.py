@@ -18,7 +18,7 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
 from collections.abc import Callable
 from pathlib import Path
 
-from .dataset import Sample, pick_categories, wrong_layout
+from .dataset import Sample, check_masks_found, pick_categories, wrong_layout
 from .listing import images_under, list_images, subfolders
 from .masks import find_mask
 from .roles import mask_stem, meaning_of
@@ -88,7 +88,7 @@ def load_categories(
     mask: Callable[[Path, str, Path], Path | tuple[Path, ...] | None],
     test: str = "test",
     good: str = "good",
-    mask_threshold: int | None = None,
+    mask_threshold: float | None = None,
 ) -> list[Sample]:
     """Samples of one split of the named categories, by default all.
 
@@ -100,7 +100,8 @@ def load_categories(
         good: Folder of good images.
 
     Raises:
-        ValueError: No category in the layout, or one without the split, or a named one that does not exist.
+        ValueError: No category in the layout, or one without the split, or a named one that does not exist, or
+            masks of which none bears the name of an image.
     """
     available = [p.name for p in subfolders(root) if (p / "train" / good).is_dir() or (p / test / good).is_dir()]
     if not available:
@@ -110,6 +111,7 @@ def load_categories(
         folder = root / category / (test if split == "test" else split)
         if not folder.is_dir():
             raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
+        own = []
         for kind in subfolders(folder):
             if kind.name == "ground_truth":  # MVTec-AD 2 keeps its masks among the images
                 continue
@@ -118,5 +120,9 @@ def load_categories(
                 found = (
                     None if defect == "good" else mask(root / category, str(image.parent.relative_to(folder)), image)
                 )
-                samples.append(Sample(image, category, defect, found, mask_threshold))
+                own.append(Sample(image, category, defect, found, mask_threshold))
+        truths = [truth for truth in (root / category / "ground_truth", folder / "ground_truth") if truth.is_dir()]
+        if {sample.mask for sample in own if sample.label} == {None}:
+            check_masks_found(folder, own, [path for truth in truths for path in images_under(truth)])
+        samples += own
     return samples

@@ -140,7 +140,8 @@ def mask_stem(stem: str) -> str | None:
     """The name of the image that a mask's name bears: "a" of "a_mask", "mask_a" or "a-GT"; None for other names."""
     parts = re.split(r"([-_. ])", stem)
     for words, rest in ((parts[-3:], parts[:-4]), (parts[-1:], parts[:-2]), (parts[:1], parts[2:])):
-        if rest and all(part in "-_. " or _WORDS.get(_latin(part)) in ("mask", "ground") for part in words):
+        roles = [_WORDS.get(_latin(part)) or _ASIAN_WORDS.get(part) for part in words if part not in "-_. "]
+        if rest and set(roles) <= {"mask", "ground"}:
             return "".join(rest)
     return None
 

@@ -92,6 +92,13 @@ def test_an_unknown_category_lists_those_that_exist(mvtec):
         load_dataset(mvtec, "mvtec", "train", ["cable", "screw"])
 
 
+def test_masks_of_which_none_bears_an_images_name_are_refused(mvtec):
+    masks = mvtec / "bottle" / "ground_truth" / "crack"
+    (masks / "000_mask.png").rename(masks / "crack_one.png")
+    with pytest.raises(ValueError, match=r"None of the 1 defects in .*bottle.test has a mask .*crack_one\.png"):
+        load_dataset(mvtec, "mvtec", "test")
+
+
 def test_a_category_without_masks_counts_at_image_level(mvtec):
     for path in (mvtec / "bottle" / "ground_truth").rglob("*.png"):
         path.unlink()

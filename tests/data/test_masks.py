@@ -36,6 +36,28 @@ def five_kinds() -> Image.Image:
     return Image.fromarray(mask)
 
 
+def with_thin_kind() -> Image.Image:
+    """The scratch is of a kind of its own, and faint."""
+    mask = np.where(TRUTH, 255, 0).astype(np.uint8)
+    mask[20, 3:30] = 100
+    return Image.fromarray(mask)
+
+
+def with_dark_blue() -> Image.Image:
+    mask = np.where(TRUTH[..., None], (255, 255, 0), 0).astype(np.uint8)
+    mask[20, 3:30] = (0, 0, 120)
+    return Image.fromarray(mask)
+
+
+def with_noise() -> Image.Image:
+    """What lossy compression leaves, kept in a lossless file."""
+    mask = np.where(TRUTH, 255, 0).astype(np.uint8)
+    mask[15:18, 6:18] = 2
+    mask[1:4, 20:28] = 1
+    mask[6:10, 8:14] = 254
+    return Image.fromarray(mask)
+
+
 def colours(bad: tuple[int, ...], good: tuple[int, ...]) -> Image.Image:
     return Image.fromarray(np.where(TRUTH[..., None], bad, good).astype(np.uint8))
 
@@ -75,6 +97,9 @@ ENCODINGS: dict[str, tuple[Image.Image, str, str | None]] = {  # image, suffix, 
     "kinds 85 and 255": (kinds(85, 255), ".png", "each value but 0"),
     "kinds 1 and 255": (kinds(1, 255), ".png", "each value but 0"),
     "kinds 200 and 60": (kinds(200, 60), ".bmp", "each value but 0"),
+    "a thin kind": (with_thin_kind(), ".png", "each value but 0"),
+    "a thin kind of a dark colour": (with_dark_blue(), ".png", "each value but 0"),
+    "noise near black and white": (with_noise(), ".png", None),
     "five kinds": (five_kinds(), ".png", "solid areas"),
     "faded edges": (with_fringe(255), ".png", None),
     "faded edges of 90": (with_fringe(90), ".png", "above the middle"),
@@ -112,6 +137,7 @@ ENCODINGS: dict[str, tuple[Image.Image, str, str | None]] = {  # image, suffix, 
     "palette with a clear index": (clear_palette(), ".png", "not transparent"),
     "GIF": (palette((0, 0, 0), WHITE), ".gif", None),
     "WEBP": (colours(WHITE, (0, 0, 0)), ".webp", None),
+    "WEBP, 0 and 1": (colours((1, 1, 1), (0, 0, 0)), ".webp", "larger of two"),
     "PGM": (grey(255), ".pgm", None),
     "PPM": (colours(RED, (0, 0, 0)), ".ppm", "colours on black"),
     "BMP": (grey(255), ".bmp", None),
@@ -135,14 +161,15 @@ def test_every_encoding_marks_the_same_pixels(tmp_path, name):
     assert any(rule in told for told in mask.rules) if rule else not mask.rules
 
 
-@pytest.mark.parametrize(("bad", "good"), [(255, 0), (RED, (0, 0, 0)), (RED, WHITE)])
-def test_what_jpeg_leaves_around_a_mask_is_no_defect(tmp_path, bad, good):
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize(("bad", "good"), [(255, 0), (WHITE, (0, 0, 0)), (RED, (0, 0, 0)), (RED, WHITE)])
+def test_what_compression_leaves_around_a_mask_is_no_defect(tmp_path, bad, good, suffix):
     large = np.zeros((96, 128), bool)
     large[20:60, 30:90] = True
     values = np.where(large[..., None], bad, good).astype(np.uint8)
     mask = Image.fromarray(values if values.shape[-1] > 1 else values[..., 0])
-    found = dataset_of(tmp_path, mask, ".jpg", (96, 128), quality=75).mask(0)
-    # Colour has half the resolution in a JPEG
+    found = dataset_of(tmp_path, mask, suffix, (96, 128), quality=75).mask(0)
+    # Colour has half the resolution
     assert not (found != large)[:18].any() and (found != large).mean() < 0.02
 
 
@@ -175,7 +202,8 @@ REFUSED: dict[str, tuple[Callable[[], Image.Image], str, str]] = {
         ".png",
         "index 0 is not black, and white",
     ),
-    "a JPEG of 0 and 9": (lambda: grey(9), ".jpg", "JPEG of values up to"),
+    "a JPEG of 1": (lambda: grey(1, 1), ".jpg", "values up to 1 that lossy compression"),
+    "a JPEG of 0 and 9": (lambda: grey(9), ".jpg", "values up to 12 that lossy compression"),
     "negative values": (lambda: grey(1, -1, np.int32), ".tif", "negative values, down to -1"),
     "NaN": (lambda: grey(np.nan, 0, np.float32), ".tif", "NaN or infinite"),
     "infinite values": (lambda: grey(np.inf, 0, np.float32), ".tif", "NaN or infinite"),
@@ -333,6 +361,9 @@ def test_masks_grow_by_nearest_neighbour():
         "007_GroundTruth.gif",
         "007_ground_truth.webp",
         "007_segmentation.png",
+        "007_lbl.jfif",
+        "Maske_007.dib",
+        "007_掩码.png",
     ],
 )
 def test_a_mask_is_found_by_its_images_name(tmp_path, name):
