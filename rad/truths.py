@@ -144,17 +144,14 @@ class Survey:
 
     def sentences(self) -> list[str]:
         """All that is to be told: the masks, the notes, and what is not defined."""
-        totals = Counter()
-        for own in self.counts().values():
+        counts, totals, told = self.counts(), Counter(), []
+        for own in counts.values():
             totals.update(own)
-        told = []
         if totals["defective"]:
-            told.append(
-                f"{totals[MASKED]} of {_count(totals['defective'], 'defective image')} have a mask that is used"
-                + (f", {totals[EMPTY]} an empty one" if totals[EMPTY] else "")
-                + (f", {totals[NONE]} none" if totals[NONE] else "")
-                + "."
-            )
+            told.append(f"{_masks_used(totals)}.")
+        lacking = [c for c, own in counts.items() if own[EMPTY] or own[NONE]]
+        if len(counts) > 1:
+            told += [f"{category}: {_masks_used(counts[category])}." for category in lacking]
         return told + self.notes() + undefined_sentences(self.undefined())
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,6 +236,15 @@ def share_work(jobs: Sequence, work: Callable[[Any], Any], description: str) -> 
     own = list(enumerate(jobs))[state.process_index :: state.num_processes]
     progress = tqdm(own, description, disable=not state.is_local_main_process)
     return [found for _, found in sorted(gather_object([(i, work(job)) for i, job in progress]), key=lambda x: x[0])]
+
+
+def _masks_used(counts: Mapping[str, int]) -> str:
+    """How many defective images have a mask that is used, and what the others have."""
+    return (
+        f"{counts[MASKED]} of {counts['defective']} defective images have a mask that is used"
+        + (f", {counts[EMPTY]} an empty one" if counts[EMPTY] else "")
+        + (f", {counts[NONE]} none" if counts[NONE] else "")
+    )
 
 
 def _count(number: int, name: str) -> str:

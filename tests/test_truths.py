@@ -86,7 +86,10 @@ def test_masks_are_counted_by_category(photo):
         "bolt": {"good": 1, "defective": 1, "masks": 1, "empty masks": 0, "no masks": 0},
         "nut": {"good": 2, "defective": 5, "masks": 3, "empty masks": 1, "no masks": 1},
     }
-    assert seen.sentences() == ["4 of 6 defective images have a mask that is used, 1 an empty one, 1 none."]
+    assert seen.sentences() == [
+        "4 of 6 defective images have a mask that is used, 1 an empty one, 1 none.",
+        "nut: 3 of 5 defective images have a mask that is used, 1 an empty one, 1 none.",
+    ]
 
 
 def test_one_category_may_lack_what_another_has(photo):

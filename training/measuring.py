@@ -3,19 +3,41 @@
 import argparse
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from data_arguments import load_split
 from safetensors import SafetensorError
 
 from rad import RADPipeline
+from rad.data import AnomalyDataset
 from rad.evaluation import mean_metrics, measure_records, score_dataset
 from rad.image_reader import ImageInput
 from rad.model_card import METRICS
-from rad.truths import survey
+from rad.truths import Survey, survey
 
 logger = logging.getLogger("rad.train")
+
+
+def survey_test_split(
+    args: argparse.Namespace, check_image: Callable[[ImageInput], Any] | None = None
+) -> tuple[AnomalyDataset, Survey] | None:
+    """The test split, if there is one, and what it can be measured by, which is logged; arguments as `survey`."""
+    if args.dataset_name:
+        return None
+    try:
+        tests = load_split(args, "test", args.category)
+    except ValueError as error:
+        logger.info(f"There is no test split to measure on: {error}")
+        return None
+    seen = survey(tests, range(len(tests)), check_image)
+    for error in seen.errors:
+        logger.warning(f"Not measured: {error}")
+    for sentence in seen.sentences():
+        logger.info(sentence)
+    return tests, seen
 
 
 def measure_test_split(
@@ -29,19 +51,10 @@ def measure_test_split(
     Raises:
         OSError: There is no room for the maps in --output_dir, where they are kept meanwhile.
     """
-    if args.dataset_name:
+    found = survey_test_split(args, pipeline.image_processor.resize)
+    if not found:
         return {}, []
-    try:
-        tests = load_split(args, "test", args.category)
-    except ValueError as error:
-        logger.info(f"There is no test split to measure on: {error}")
-        return {}, []
-
-    seen = survey(tests, range(len(tests)), pipeline.image_processor.resize)
-    for error in seen.errors:
-        logger.warning(f"Not measured: {error}")
-    for sentence in seen.sentences():
-        logger.info(sentence)
+    tests, seen = found
     defective = [tests[one.index].image for one in seen.seen if one.label]
     reasons = seen.undefined()
     lacking = {
@@ -64,5 +77,5 @@ def measure_test_split(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-    found = {**lacking, **means}
-    return {name: found[name] for name in METRICS if name in found}, defective
+    means = {**lacking, **means}
+    return {name: means[name] for name in METRICS if name in means}, defective

@@ -33,7 +33,7 @@ from discriminator import fit_discriminator
 from estimates import Stopwatch, check_space, estimate_time
 from good_images import decode_images, find_range, load_good_images, summarise_data
 from launching import create_accelerator
-from measuring import measure_test_split
+from measuring import measure_test_split, survey_test_split
 from optimisation import create_average, create_lr_scheduler, create_optimizer
 from publishing import create_repo, push, save_model, write_card
 from torch.utils.data import DataLoader
@@ -323,6 +323,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = load_good_images(args)
     summary = summarise_data(args, dataset)
     logger.info(summary.to_text())
+    if args.evaluate:
+        survey_test_split(args)
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]

@@ -241,9 +241,11 @@ def test_what_a_test_split_does_not_define_is_said(pipeline, data_dir, tmp_path,
     assert len(card.data.eval_results or []) == 4 - len(lacking) and f"not defined: {reason}" in card.text
 
 
-def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, monkeypatch):
+def test_the_card_tells_what_was_measured_on_the_test_split(data_dir, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["training/train.py", "--train_data_dir", "bricks", "--hub_token", "hf_secret"])
     folder = train_on(data_dir, tmp_path / "model", "--max_train_steps", "1", "--evaluate", "--category", "brick")
+    log = caplog.text
+    assert -1 < log.find("defective images have a mask that is used") < log.find("Fitted normality")
     card = ModelCard.load(folder / "README.md")
     measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert set(measured) == {"image AUROC", "pixel AUROC", "pixel AP", "AUPRO (FPR <= 0.3)"}
