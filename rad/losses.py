@@ -39,6 +39,9 @@ def ran_losses(
 ) -> torch.Tensor:
     """The three terms of RAN's loss, which is their sum, [3]: MSE(eps, noise), L_vlb in bits, and L_feat.
 
+    Of a network that improves on a Wiener filter the first term is MSE(x0_hat, x_0) in units of what that filter alone
+    would make of it at each timestep, so that all of them count alike and 1 is where it starts.
+
     L_vlb is that of "Improved Denoising Diffusion Probabilistic Models" (Nichol and Dhariwal, 2021), which trains the
     variance alone.
 
@@ -50,8 +53,11 @@ def ran_losses(
         snr_gamma: Clips the weight of high signal-to-noise ratios in the first term (min-SNR, Hang et al., ICCV 2023).
     """
     x_0, noise, t = batch["x_0"], batch["noise"], batch["timesteps"]
-    squares = (output.sample.float() - noise).square().flatten(1).mean(1)
-    if snr_gamma:
+    if output.linear_error is not None:
+        squares = (output.sample.float() - x_0).square().flatten(1).mean(1) / output.linear_error
+    else:
+        squares = (output.sample.float() - noise).square().flatten(1).mean(1)
+    if snr_gamma and output.linear_error is None:
         snr = compute_snr(scheduler, t)
         squares = squares * snr.clamp_max(snr_gamma) / snr
     bound = scheduler.variational_bound(x_0, x_t, output.sample, output.variance, t)

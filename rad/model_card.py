@@ -31,6 +31,7 @@ def create_model_card(
     metrics: Mapping[str, Mapping[str, float | str]] | None = None,
     training: str | Mapping[str, object] | None = None,
     summary: str | None = None,
+    denoising: str | None = None,
     picture: str | None = None,
     caption: str = "From left to right: input, anomaly map with the regions that raise the alarm, restored.",
     license: str = "apache-2.0",
@@ -49,6 +50,7 @@ def create_model_card(
             place of a value, why there is none, does not.
         training: How it was trained: Markdown, or facts by name such as {"Command": "...", "Steps": 3500}.
         summary: Of the data that it was trained on: Markdown, as from `rad.data.summary`.
+        denoising: How well its network denoises: Markdown, as from `rad.denoising`.
         picture: File name in the repository of a picture of real results, as from `results_figure`.
         caption: What it shows.
         license, datasets, base_model, tags: Metadata of the Hub; the tags are added to the usual ones.
@@ -98,6 +100,8 @@ def create_model_card(
         paragraphs.append("## How it was trained\n\n" + text)
     if summary:
         paragraphs.append("## Data\n\n" + summary)
+    if denoising:
+        paragraphs.append("## Denoising\n\nHeld-out good images beside their best Gaussian blur.\n\n" + denoising)
     paragraphs.append(_use_and_limits(pipeline))
     return ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(paragraphs) + "\n")
 

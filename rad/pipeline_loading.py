@@ -24,6 +24,7 @@ from .models.feature_extractor import RADFeatureExtractor
 from .models.gaussian import Moments
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
+from .models.wiener import WienerFilter
 from .pipeline_arguments import check_images
 from .pipeline_output import RADPipelineOutput
 from .pipeline_restoration import RADRestorationMixin
@@ -203,6 +204,7 @@ class RADLoaderMixin(DiffusionPipeline):
             Evidence,
             Moments,
             FalseAlarmMixin,
+            WienerFilter,
             *COMPONENTS.values(),
             check_images,
             RADRestorationMixin,

@@ -71,6 +71,12 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         for part in (feature_extractor, normality, discriminator):  # diffusers alone loads all in one type
             if part is not None:
                 part.float()
+        predicts = "epsilon" if unet.wiener_filter is None else "sample"
+        if scheduler.config.prediction_type != predicts:
+            raise ValueError(
+                f"The scheduler's prediction_type is {scheduler.config.prediction_type!r}, but this U-Net predicts "
+                f"{predicts!r}."
+            )
         self.register_modules(
             unet=unet,
             scheduler=scheduler,

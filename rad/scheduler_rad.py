@@ -67,6 +67,7 @@ class RADScheduler(DDPMScheduler):
         beta_start, beta_end, beta_schedule: As in `DDPMScheduler`; RAN uses linear betas 1e-4 .. 0.02.
         variance_type: Only "learned_range": log Sigma = f log beta_t + (1 - f) log b~_t, f = (v + 1) / 2.
         clip_sample: Clamp x0_hat to [-1, 1] when scoring and restoring.
+        prediction_type: What the network predicts: "epsilon", the noise, as RAN's, or "sample", x_0.
         num_respaced_timesteps: Length of the respaced chain, evenly spaced from the first to the last full step.
     """
 
@@ -84,9 +85,9 @@ class RADScheduler(DDPMScheduler):
         prediction_type: str = "epsilon",
         num_respaced_timesteps: int = 250,
     ) -> None:
-        if variance_type != "learned_range" or prediction_type != "epsilon":
+        if variance_type != "learned_range" or prediction_type not in ("epsilon", "sample"):
             raise ValueError(
-                "RADScheduler needs variance_type='learned_range' and prediction_type='epsilon', "
+                "RADScheduler needs variance_type='learned_range' and prediction_type='epsilon' or 'sample', "
                 f"got {variance_type!r} and {prediction_type!r}."
             )
         if beta_schedule != "linear":
@@ -175,16 +176,19 @@ class RADScheduler(DDPMScheduler):
         )
         return mean, self._table(chain.posterior_log_variance[index], x_0)
 
-    def predict_x0(self, noise: torch.Tensor, x_t: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
-        """x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, not clamped, float64. Shapes [B, C, H, W]."""
+    def predict_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
+        """x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, or what the network predicts if that is x_0 itself;
+        not clamped, float64. Shapes [B, C, H, W]."""
         chain, index = self._chain(timesteps, respaced=False)
-        noise, x_t = self._precise(noise), self._precise(x_t)
+        if self.config.prediction_type == "sample":
+            return self._precise(prediction)
+        noise, x_t = self._precise(prediction), self._precise(x_t)
         abar = self._table(chain.alphas_cumprod[index], x_t)
         return x_t / abar.sqrt() - (1.0 / abar - 1.0).sqrt() * noise
 
     def model_distribution(
         self,
-        noise: torch.Tensor,
+        prediction: torch.Tensor,
         variance: torch.Tensor,
         x_t: torch.Tensor,
         timesteps: Timesteps,
@@ -194,14 +198,14 @@ class RADScheduler(DDPMScheduler):
         """p(x_{t-1} | x_t) = N(mu_theta, Sigma_theta) with a variance in the learned range.
 
         Args:
-            noise, variance: The network's eps and v, [B, C, H, W].
+            prediction, variance: The network's, [B, C, H, W]: eps or x_0, as `prediction_type` says, and v.
             x_t: The network's input, [B, C, H, W].
             clip: Clamp x0_hat to [-1, 1]; by default as `clip_sample` says. Training does not clamp.
 
         Returns:
             Mean, log-variance (nats) and x0_hat, each [B, C, H, W], float64.
         """
-        x0_hat = self.predict_x0(noise, x_t, timesteps)
+        x0_hat = self.predict_x0(prediction, x_t, timesteps)
         if self.config.clip_sample if clip is None else clip:
             x0_hat = x0_hat.clamp(-1.0, 1.0)
         mean, min_log_variance = self.posterior(x0_hat, x_t, timesteps, respaced)
@@ -216,7 +220,7 @@ class RADScheduler(DDPMScheduler):
         self,
         x_0: torch.Tensor,
         x_t: torch.Tensor,
-        noise: torch.Tensor,
+        prediction: torch.Tensor,
         variance: torch.Tensor,
         timesteps: Timesteps,
         respaced: bool = True,
@@ -226,14 +230,14 @@ class RADScheduler(DDPMScheduler):
 
         Args:
             x_0, x_t: Clean and noised images [B, C, H, W].
-            noise, variance: The network's eps and v at x_t, [B, C, H, W].
+            prediction, variance: The network's at x_t, as in `model_distribution`.
 
         Returns:
             The score in bits, per pixel and colour channel [B, C, H, W], and x0_hat [B, C, H, W], both float32.
         """
         timesteps = _on_cpu(timesteps)  # once for all that follows
         posterior_mean, posterior_log_variance = self.posterior(x_0, x_t, timesteps, respaced)
-        mean, log_variance, x0_hat = self.model_distribution(noise, variance, x_t, timesteps, respaced, clip)
+        mean, log_variance, x0_hat = self.model_distribution(prediction, variance, x_t, timesteps, respaced, clip)
         bits = gaussian_kl(posterior_mean, posterior_log_variance, mean, log_variance) / math.log(2.0)
         if (timesteps == 0).any():
             nll = -discretized_gaussian_log_likelihood(self._precise(x_0), mean, 0.5 * log_variance) / math.log(2.0)
@@ -244,13 +248,13 @@ class RADScheduler(DDPMScheduler):
         self,
         x_0: torch.Tensor,
         x_t: torch.Tensor,
-        noise: torch.Tensor,
+        prediction: torch.Tensor,
         variance: torch.Tensor,
         timesteps: Timesteps,
     ) -> torch.Tensor:
-        """L_vlb of the training loss in bits, [B]: over the full chain, x0_hat not clamped, eps detached so that it
-        trains only v (Nichol and Dhariwal, 2021)."""
-        bits, _ = self.kl_score(x_0, x_t, noise.detach(), variance, timesteps, respaced=False, clip=False)
+        """L_vlb of the training loss in bits, [B]: over the full chain, x0_hat not clamped, the prediction detached
+        so that it trains only v (Nichol and Dhariwal, 2021)."""
+        bits, _ = self.kl_score(x_0, x_t, prediction.detach(), variance, timesteps, respaced=False, clip=False)
         return bits.flatten(1).mean(1)
 
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub import CommitInfo, HfApi
 
 from rad import RADPipeline
 from rad.data.summary import DataSummary
+from rad.denoising import DenoiserQuality, quality_table
 from rad.files import whole
 from rad.hub import CODE, list_files, one_sentence, upload
 from rad.image_reader import ImageInput
@@ -63,6 +65,7 @@ def write_card(
     pictured: list[ImageInput],
     metrics: dict[str, float | str],
     summary: DataSummary | None = None,
+    denoising: Sequence[DenoiserQuality] = (),
 ) -> None:
     """README.md, the model card, and results.png, the picture in it.
 
@@ -71,6 +74,7 @@ def write_card(
         pictured: Images to show results on; without any there is no picture.
         metrics: Measured on the test split, by name, or why one is not defined; empty if there is none.
         summary: What was read of the data set.
+        denoising: How the network denoises held-out good images.
     """
     words = [word for i, word in enumerate(sys.argv) if "--hub_token" not in (word, sys.argv[i - 1])]
     words = [Path(word).name if Path(word).is_absolute() else word for word in words if "--hub_token=" not in word]
@@ -96,6 +100,7 @@ def write_card(
         metrics={name: metrics} if metrics else None,
         training=facts,
         summary=summary and summary.to_markdown(),
+        denoising=quality_table(denoising) if denoising else None,
         picture="results.png" if pictured else None,
         datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
     )

@@ -44,6 +44,7 @@ from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADSchedule
 from rad.data import AnomalyDataset
 from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler
 from rad.data.dataset import evenly
+from rad.denoising import measure_denoiser, quality_table
 from rad.files import remove_partials
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
@@ -54,6 +55,7 @@ logger = logging.getLogger("rad.train")
 
 DEFAULT_STEPS = 3000
 DEFAULT_RESOLUTION = 256
+NUM_DENOISED = 10  # held-out images that show whether the network denoises
 
 # -- networks ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,8 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
         unet = RADUNet2DModel.from_named_config(
             args.model_config or "small", categories=labels, sample_size=resolution, **head
         )
-    pipeline = RADPipeline(unet, RADScheduler(), extractor, resolution=resolution)
+    scheduler = RADScheduler(prediction_type="epsilon" if unet.wiener_filter is None else "sample")
+    pipeline = RADPipeline(unet, scheduler, extractor, resolution=resolution)
     check_resolution(pipeline)
     return pipeline
 
@@ -150,6 +153,8 @@ def train_unet(
     training_images = TrainingImages(dataset, train, labels, processor, decoded)
     if args.standardise_channels and not args.pretrained_model_name_or_path:
         extractor.fit(chunk.to(device) for chunk in training_images.chunks())
+    if pipeline.unet.wiener_filter is not None:
+        pipeline.unet.wiener_filter.fit(training_images.chunks(), scheduler.full_chain.alphas_cumprod)
     # Features are computed once where batches hold whole images as they are, else in each batch's own pass
     cropped = args.crop_prob > 0 and args.crop_size < args.resolution
     augmented = cropped or args.rotation * args.rotation_prob > 0 or args.random_flip
@@ -286,7 +291,8 @@ def train_unet(
         )
     trained = accelerator.unwrap_model(unet, keep_fp32_wrapper=False, keep_torch_compile=False)
     if accelerator.is_fsdp2:  # from here on every process has the whole network, which is needed to fit normality
-        weights = {name: shard.full_tensor() for name, shard in trained.state_dict().items()}
+        weights = trained.state_dict()  # of buffers each process has all
+        weights = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in weights.items()}
         trained = RADUNet2DModel.from_config(trained.config).to(device)
         trained.load_state_dict(weights)
     trained.disable_gradient_checkpointing()
@@ -347,6 +353,12 @@ def main(args: argparse.Namespace) -> None:
     pipeline.feature_extractor.half().float()
     image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
     category = {i: dataset[i].category for i in decoded}
+    shown = [(holdout or train)[i] for i in evenly(len(holdout or train), NUM_DENOISED)]
+    x_0, _ = processor.preprocess([image[i] for i in shown])
+    denoising = measure_denoiser(pipeline, x_0, [category[i] for i in shown])
+    logger.info(
+        f"Denoising {len(shown)} {'held-out' if holdout else 'of the'} good images:\n{quality_table(denoising)}"
+    )
     if not args.fit_only:
         pipeline.register_modules(discriminator=None)
     if args.discriminator_steps and not args.fit_only:
@@ -393,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
         shown = defective or [dataset[i].image for i in holdout or train]
         pictured = [shown[i] for i in evenly(len(shown), 3)]
     if accelerator.is_main_process:
-        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, summary)
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, summary, denoising)
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
     accelerator.end_training()

@@ -12,20 +12,25 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .wiener import WienerFilter
+
 
 @dataclass
 class RADUNet2DOutput(BaseOutput):
     """What one forward pass predicts at x_t.
 
     Attributes:
-        sample: The noise eps, [B, C, H, W].
+        sample: The noise eps or, of a network with a Wiener filter, x0_hat, as the scheduler's `prediction_type` says;
+            [B, C, H, W].
         variance: v in the learned range, about [-1, 1], [B, C, H, W].
         features: Features of x_0, [B, feature_channels, H / feature_stride, W / feature_stride].
+        linear_error: Mean squared error that the Wiener filter alone would make of a good image, [B]; None without.
     """
 
     sample: torch.Tensor
     variance: torch.Tensor | None = None  # optional only for accelerate, which rebuilds outputs from a dict
     features: torch.Tensor | None = None
+    linear_error: torch.Tensor | None = None
 
 
 class RADUNet2DModel(ModelMixin, ConfigMixin):
@@ -42,6 +47,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         feature_block: The residual block of the decoder that the feature head reads, from 0; RAN reads the 11th of
             18, so 10. Negative counts from the end.
         feature_channels, feature_stride: The extractor's channels, and pixels per position of its grid.
+        wiener: Let the network improve on a Wiener filter of good images, which `wiener_filter.fit` measures; its
+            output is x0_hat then. A network on patches has no room for their noise, so it cannot predict it well.
         categories: Names of the categories it is trained on, in the order of the class labels; none for a network
             without labels. One more embedding stands for an unknown category.
     """
@@ -68,6 +75,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         feature_channels: int = 192,
         feature_stride: int = 8,
         categories: tuple[str, ...] = (),
+        wiener: bool = False,
     ) -> None:
         super().__init__()
         num_decoder_blocks = len(up_block_types) * (layers_per_block + 1)
@@ -92,6 +100,10 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
             dropout=dropout,
             num_class_embeds=len(categories) + 1 if categories else None,
         )
+        self.wiener_filter = WienerFilter(in_channels, sample_size) if wiener else None
+        if wiener:  # from which training starts
+            nn.init.zeros_(self.unet.conv_out.weight)
+            nn.init.zeros_(self.unet.conv_out.bias)
         self.feature_block = feature_block % num_decoder_blocks
         width = block_out_channels[::-1][self.feature_block // (layers_per_block + 1)]
         self.feature_head = nn.Sequential(
@@ -145,7 +157,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, class_labels: torch.Tensor | None = None
     ) -> RADUNet2DOutput:
-        """Predicts noise, variance and features at x_t in one pass.
+        """Predicts noise or x_0, variance and features at x_t in one pass.
 
         Args:
             sample: x_t, [B, C, H, W]; H and W multiples of `stride`.
@@ -197,17 +209,20 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
 
         # 4. Outputs
         hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
-        noise, variance = hidden.chunk(2, dim=1)
-        noise, variance = (F.pixel_shuffle(x, self.config.patch_size) for x in (noise, variance))
+        prediction, variance = (F.pixel_shuffle(x, self.config.patch_size) for x in hidden.chunk(2, dim=1))
+        linear_error = None
+        if self.wiener_filter is not None:
+            prediction, linear_error = self.wiener_filter(sample, timestep, prediction)
         size = [side // self.config.feature_stride for side in sample.shape[-2:]]
         if list(features.shape[-2:]) != size:
             features = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
-        return RADUNet2DOutput(noise, variance, features)
+        return RADUNet2DOutput(prediction, variance, features, linear_error)
 
 
-NAMED_CONFIGS = {
-    "small": {},
+NAMED_CONFIGS: dict[str, dict[str, Any]] = {
+    "small": {"wiener": True},
     "base": {
+        "wiener": True,
         "patch_size": 2,
         "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),

@@ -1,0 +1,107 @@
+"""Does the network denoise? What it makes of noised good images, beside the plainest denoiser there is, a blur."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from .pipeline_rad import RADPipeline
+from .scheduler_rad import RADScheduler, antithetic_noise
+
+BLURS = (0.0, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # standard deviations in pixels
+RESPACED_STEPS = (5, 25, 50, 100)  # of 250: 20, 100, 201 and 401 of the full chain
+
+
+@dataclass(frozen=True)
+class DenoiserQuality:
+    """How a network denoises good images at one timestep.
+
+    Attributes:
+        timestep: Of the full chain.
+        psnr: Of x0_hat, in dB, mean over images; the range of pixels, [-1, 1], is the peak.
+        blur_psnr: Likewise of the best Gaussian blur of x_t / sqrt(abar_t), of its channels or of their mean.
+        calibration: Mean of (x_{t-1} - mu_theta)^2 in units of Sigma_theta; where the learned variance is right it is
+            1, above it the network is surer than it may be.
+    """
+
+    timestep: int
+    psnr: float
+    blur_psnr: float
+    calibration: float
+
+    @property
+    def gain(self) -> float:
+        """How much better than the blur it is, in dB."""
+        return self.psnr - self.blur_psnr
+
+
+@torch.inference_mode()
+def measure_denoiser(
+    pipeline: RADPipeline,
+    x_0: torch.Tensor,
+    categories: Sequence[str | None],
+    timesteps: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[DenoiserQuality]:
+    """Of good images that the network was not trained on, under the noise of one seed.
+
+    Args:
+        x_0: Good images [B, 3, S, S] in [-1, 1].
+        categories: Of each, None for unknown.
+        timesteps: Of the full chain, on the respaced one; by default 5, 25, 50 and 100 of RAN's 250.
+    """
+    scheduler, unet = pipeline.scheduler, pipeline.unet
+    x_0, found = x_0.to(unet.device), []
+    for timestep in timesteps or scheduler.steps_of_250(list(RESPACED_STEPS)):
+        psnr, blurred, ratio = [], [], []
+        for image, category in zip(x_0.split(1), categories, strict=True):
+            t = torch.tensor([timestep], device=image.device)
+            x_t = scheduler.add_noise(image, antithetic_noise(seed, timestep, 1, image), t)
+            output = unet(x_t.to(unet.dtype), t, unet.labels_of([category]))
+            mean, log_variance, x0_hat = scheduler.model_distribution(output.sample, output.variance, x_t, t)
+            true_mean, true_log_variance = scheduler.posterior(image, x_t, t)
+            squares = true_log_variance.exp() + (mean - true_mean) ** 2
+            ratio.append(float((squares * (-log_variance).exp()).mean()))
+            psnr.append(mean_psnr(x0_hat, image))
+            blurred.append(blur_psnr(scheduler, image, x_t, timestep))
+        best = np.mean(blurred, axis=0).max()  # one blur for all images
+        found.append(DenoiserQuality(timestep, float(np.mean(psnr)), float(best), float(np.mean(ratio))))
+    return found
+
+
+def blur_psnr(scheduler: RADScheduler, x_0: torch.Tensor, x_t: torch.Tensor, timestep: int) -> list[float]:
+    """PSNR of each blur of an image [1, 3, S, S] that is noised to x_t: of its channels, then of their mean."""
+    scaled, target = x_t / scheduler.full_chain.alphas_cumprod[timestep] ** 0.5, x_0.float().cpu()
+    sources = [source.float().cpu().numpy() for source in (scaled, scaled.mean(1, keepdim=True))]
+    blurs = (gaussian_filter(source, (0, 0, blur, blur)) for source in sources for blur in BLURS)
+    return [mean_psnr(torch.from_numpy(blurred).clamp(-1, 1).expand_as(target), target) for blurred in blurs]
+
+
+def quality_table(found: Sequence[DenoiserQuality]) -> str:
+    """The table in Markdown, with the sentence that it asks for below it."""
+    lines = [
+        "| timestep | PSNR of x0_hat, dB | best blur, dB | gain, dB | calibration (1 is right) |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {q.timestep} | {q.psnr:.1f} | {q.blur_psnr:.1f} | {q.gain:+.1f} | {q.calibration:.2f} |" for q in found
+    ]
+    return "\n".join([*lines, "", verdict(found)])
+
+
+def verdict(found: Sequence[DenoiserQuality]) -> str:
+    """One sentence: whether the network does its own job."""
+    lost = [str(q.timestep) for q in found if q.gain <= 0]
+    if lost:
+        return (
+            f"At t = {', '.join(lost)} a blur denoises better than this network does: do not rely on its KL and RGB "
+            "scores there; more steps or images may mend it."
+        )
+    return f"It denoises better than any blur, by {min(q.gain for q in found):.1f} dB or more."
+
+
+def mean_psnr(found: torch.Tensor, target: torch.Tensor) -> float:
+    """Of images [B, 3, S, S] in [-1, 1], in dB, mean over them."""
+    return float((10 * torch.log10(4 / (found - target).square().flatten(1).mean(1))).mean())
