@@ -3,8 +3,8 @@
 
     accelerate launch training/train.py --train_data_dir my_good_photos --output_dir my-model
 
-Loss (RAN, section 3): MSE(eps, noise) + L_vlb + L_feat, t uniform, EMA of the weights. A new small or base network predicts
-x_0 instead, beginning at the Wiener filter of good images (`rad.models.wiener`).
+Loss (RAN, section 3): MSE(eps, noise) + L_vlb + L_feat, t uniform, EMA of the weights. A new small or base network
+predicts x_0 instead, beginning at the Wiener filter of good images (`rad.models.wiener`).
 """
 
 import argparse

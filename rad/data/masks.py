@@ -173,10 +173,6 @@ def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     if image.mode in ("1", "L", "F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)
         return (levels * np.uint8(255) if image.mode == "1" else levels), ()
-    if image.mode == "P" and "transparency" not in image.info:
-        found = _from_palette(image)
-        if found:
-            return found
     if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
         pixels = np.asarray(image.convert("RGBA"))
         colours, opacity = pixels[..., :3], pixels[..., 3]
@@ -185,6 +181,10 @@ def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
             if dark.all() or not dark.any():
                 return opacity, ("what is not transparent is defect",)
             colours = (colours * (opacity[..., None] / 255)).round().astype(np.uint8)  # over black
+        elif image.mode == "P":
+            found = _from_palette(image)
+            if found:
+                return found
     elif image.mode in ("RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
         colours = np.asarray(image.convert("RGB"))
     else:

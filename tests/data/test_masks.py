@@ -69,9 +69,9 @@ def palette(*used: tuple[int, int, int], bad: int = 1, good: int = 0) -> Image.I
     return image
 
 
-def clear_palette() -> Image.Image:
-    image = palette(WHITE, WHITE)
-    image.info["transparency"] = bytes([0, 255])
+def with_opacity(image: Image.Image, *opacity: int) -> Image.Image:
+    """Of each index of a palette."""
+    image.info["transparency"] = bytes(opacity)
     return image
 
 
@@ -134,7 +134,8 @@ ENCODINGS: dict[str, tuple[Image.Image, str, str | None]] = {  # image, suffix, 
     "palette of one colour": (palette((0, 0, 0), (0, 0, 0)), ".png", "every index of the palette"),
     "palette, 0 and 255 as they are": (palette(*((i, i, i) for i in range(256)), bad=255), ".png", None),
     "palette, 0 and 1 as they are": (palette(*((i, i, i) for i in range(256))), ".png", "larger of two"),
-    "palette with a clear index": (clear_palette(), ".png", "not transparent"),
+    "palette with a clear index": (with_opacity(palette(WHITE, WHITE), 0, 255), ".png", "not transparent"),
+    "palette, all of it opaque": (with_opacity(palette(RED, (0, 255, 0)), 255, 255), ".png", "every index"),
     "GIF": (palette((0, 0, 0), WHITE), ".gif", None),
     "WEBP": (colours(WHITE, (0, 0, 0)), ".webp", None),
     "WEBP, 0 and 1": (colours((1, 1, 1), (0, 0, 0)), ".webp", "larger of two"),
