@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .image_reader import ImageInput, PipelineImageInput
+from .image_reader import MAX_SIDE, ImageInput, PipelineImageInput
 from .models.evidence import SCORE_TYPES
 from .models.false_alarms import check_rate
 from .models.normality import NormalityModel
@@ -58,11 +58,11 @@ def as_integer(value: Any, name: str, least: int, most: int | None = None) -> in
     return number
 
 
-def as_integers(values: Any, name: str, least: int) -> list[int]:
+def as_integers(values: Any, name: str, least: int, most: int | None = None) -> list[int]:
     """Likewise of one or several of them, in a list, range, array or tensor."""
     values = values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values
     several = isinstance(values, Iterable) and not isinstance(values, str)
-    return [as_integer(value, name, least) for value in (values if several else [values])]
+    return [as_integer(value, name, least, most) for value in (values if several else [values])]
 
 
 def as_seed(seed: Any, generator: Any = None) -> int | None:
@@ -142,7 +142,7 @@ def check_scoring(
     if output_type == "pil" and mode == "paper":
         raise ValueError("output_type='pil' draws maps in good images' range, and paper mode knows none: use 'np'.")
     if map_size is not None:
-        sides = as_integers(map_size, "Each side of map_size", 1)
+        sides = as_integers(map_size, "Each side of map_size", 1, MAX_SIDE)
         if len(sides) != 2:
             raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
         map_size = sides[0], sides[1]

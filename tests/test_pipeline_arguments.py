@@ -199,6 +199,7 @@ def test_rates_of_single_precision(pipeline, good_images):
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"batch_size": None}, "batch_size must be a whole number"),
         ({"map_size": 64}, "map_size must be a height and a width"),
+        ({"map_size": (10**7, 10**7)}, "Each side of map_size must be from 1 to 10000"),
         ({"map_size": (64.5, 64)}, "Each side of map_size must be a whole number"),
         ({"false_alarm_rate": "0.01"}, "false_alarm_rate must lie between 0 and 1"),
         ({"false_alarm_rate": float("nan")}, "false_alarm_rate must lie between 0 and 1"),
