@@ -169,7 +169,7 @@ def test_what_is_not_defined_is_said_in_every_result(model, data_dir, tmp_path, 
     shutil.copytree(data_dir / "brick", tmp_path / "data" / "brick")
     for path in (tmp_path / "data").glob(remove):
         shutil.rmtree(path)
-    run(model, tmp_path / "data", tmp_path / "out", "--figures")
+    run(model, tmp_path / "data", tmp_path / "out", *["--figures"] * (missing == 7))
     text = (tmp_path / "out" / "results.json").read_text()
     results, (report, table) = (
         json.loads(text),
