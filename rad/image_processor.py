@@ -1,6 +1,7 @@
 """Pictures to the networks' square input; maps and pictures back. Needs torch, NumPy, Pillow and, for colours,
 matplotlib only."""
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,9 +113,14 @@ def find_pixel_range(peaks: Sequence[int | None]) -> tuple[tuple[int, int], int]
 
 def check_pixel_range(pixel_range: Sequence[int]) -> tuple[int, int]:
     """A range as two numbers; raises ValueError unless 0 <= black < white <= 65535."""
-    low, high = (int(value) for value in pixel_range) if len(pixel_range) == 2 else (0, 0)
+    try:
+        low, high = (operator.index(value) for value in pixel_range)
+    except (TypeError, ValueError):
+        low = high = 0
     if not 0 <= low < high <= 65535:
-        raise ValueError(f"pixel_range must be black and white with 0 <= black < white <= 65535, got {pixel_range}.")
+        raise ValueError(
+            f"pixel_range must be black and white, whole numbers with 0 <= black < white <= 65535, got {pixel_range}."
+        )
     return low, high
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import label, maximum, maximum_filter, minimum_filter
 
-from ..image_reader import FORMATS, MAX_SIDE
+from ..image_reader import FORMATS, MAX_SIDE, read
 from .listing import is_image
 from .roles import mask_stem
 
@@ -130,8 +130,9 @@ def upright_size(image: MaskSource | np.ndarray) -> tuple[int, int]:
             with Image.open(image, formats=FORMATS) as opened:
                 return upright_size(opened)
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception as error:  # Pillow's parsers raise many types on damaged files
-        raise ValueError(f"{image} cannot be read ({error}).") from error
+    except Exception:  # Pillow's parsers raise many types on damaged files, and know fewer formats
+        pixels = read(image)
+        return (pixels.height, pixels.width) if isinstance(pixels, Image.Image) else pixels.shape[:2]
     return image.size if turned else image.size[::-1]
 
 

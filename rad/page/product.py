@@ -5,12 +5,13 @@ import html
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
+from rad.data.roles import meaning_of
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
 from rad.pipeline_arguments import check_different, fingerprint
@@ -61,7 +62,8 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     """All pictures in files and archives, at the model's resolution, and what `fit_normality` has to know of them.
 
     Raises:
-        ValueError: One cannot be read or is of one colour, or there are too few different ones or too many.
+        ValueError: One cannot be read or is of one colour, some are called defects or masks, or there are too few
+            different ones or too many.
     """
     files = list_files(paths)
     if len(files) > MAX_PICTURES:
@@ -70,6 +72,14 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
         )
     if len(files) < MIN_PICTURES:
         raise ValueError(f"Give at least {MIN_PICTURES} good pictures, got {len(files)}.")
+
+    names = [name for name, *_ in files]
+    marked = [name for name in names if is_marked(name)]
+    if marked and len(marked) < len(names):
+        raise ValueError(
+            f"{len(marked)} of {len(names)} pictures bear names of defects or masks (such as {marked[0]}): give good "
+            "pictures only."
+        )
 
     def each(look: Callable[[Path], Any]) -> Iterator[Any]:
         for name, path, member in files:
@@ -83,9 +93,15 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     pictures = [resized for resized, _ in each(processor.resize)]
-    names = [name for name, *_ in files]
     check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
     return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}
+
+
+def is_marked(name: str) -> bool:
+    """Whether the name of a picture, or of a folder in its archive, says defect or mask."""
+    path = PurePosixPath(name)
+    meanings = [meaning_of(part) for part in (*path.parts[1:-1], path.stem)]
+    return any(meaning.quality in ("bad", "both") or meaning.mask for meaning in meanings)
 
 
 def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:

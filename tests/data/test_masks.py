@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rad.data import AnomalyDataset, Sample
-from rad.data.masks import find_mask, resize_mask
+from rad.data.masks import find_mask, resize_mask, upright_size
 
 SIZE = (24, 32)
 TRUTH = np.zeros(SIZE, bool)
@@ -393,3 +393,9 @@ def test_letters_of_either_case_tell_two_images_apart(tmp_path):
     if len(list(tmp_path.iterdir())) < 2:
         pytest.skip("the file system does not tell them apart")
     assert [find_mask(tmp_path, stem).name for stem in "aA"] == ["a_mask.png", "A_mask.png"]
+
+
+def test_the_mask_of_a_picture_that_pillow_does_not_know(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (16, 8))).save(tmp_path / "part.heic")
+    assert upright_size(tmp_path / "part.heic") == (8, 16)

@@ -540,6 +540,16 @@ def test_good_pictures_that_show_nothing_give_no_model(good_files, page_model, t
     assert not visitors._kept
 
 
+def test_defects_and_masks_in_an_archive_are_not_fitted_to(good_files, page_model, tmp_path):
+    with zipfile.ZipFile(tmp_path / "parts.zip", "w") as archive:
+        for i, path in enumerate(good_files):
+            archive.write(path, f"good/{i}.png")
+        archive.write(good_files[0], "bad/0.png")
+        archive.write(good_files[0], "ground_truth/bad/0.png")
+    with pytest.raises(ValueError, match=r"2 of \d+ pictures bear names of defects or masks .*parts/bad/0.png"):
+        product.fit([str(tmp_path / "parts.zip")], "nut", page_model, "visitor")
+
+
 def test_a_bad_file_among_good_ones_is_named(good_files, page_model, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match=r"notes\.txt.* Take it out and try again"):
