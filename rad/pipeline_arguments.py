@@ -1,9 +1,10 @@
 """What the pipeline accepts, of Python, NumPy and torch alike: one clear sentence for each bad argument."""
 
+import functools
 import hashlib
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def _index(value: Any) -> int | None:
 def batches(count: int, size: int) -> Iterator[slice]:
     """The positions of `count` items, `size` at a time."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the pipeline that computes in its networks' own types also where a caller has autocast on, which
+    moves scores by half a deviation."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self._execution_device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

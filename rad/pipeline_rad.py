@@ -32,6 +32,7 @@ from .pipeline_arguments import (
     check_output_type,
     check_scoring,
     fingerprint,
+    in_own_precision,
 )
 from .pipeline_loading import RADLoaderMixin
 from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
@@ -114,6 +115,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
+    @in_own_precision
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
@@ -206,6 +208,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             output = output.to_pictures(heat)
         return output if return_dict else output.to_tuple()
 
+    @in_own_precision
     @torch.inference_mode(False)
     @torch.no_grad()
     def measure(
@@ -279,6 +282,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             categories=categories,
         )
 
+    @in_own_precision
     @torch.inference_mode(False)
     @torch.no_grad()
     def denoise(
@@ -325,6 +329,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
 
     # -- fitting --------------------------------------------------------------------------------------------------
 
+    @in_own_precision
     @torch.inference_mode(False)
     @torch.no_grad()
     def fit_normality(
@@ -430,7 +435,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             warnings.warn(
                 f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for different "
                 "parts, and so are too sure.",
-                stacklevel=4,
+                stacklevel=5,
             )
         labels = [known.index(name) for name in names]
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce)

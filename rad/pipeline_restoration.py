@@ -10,13 +10,21 @@ from PIL import Image
 from .image_processor import paste, to_pil
 from .image_reader import PipelineImageInput, decode
 from .models.evidence import FUSED
-from .pipeline_arguments import batches, check_images, check_labels, check_output_type, check_restoration
+from .pipeline_arguments import (
+    batches,
+    check_images,
+    check_labels,
+    check_output_type,
+    check_restoration,
+    in_own_precision,
+)
 from .pipeline_output import Pictures, RADRestorationOutput, pictures_as
 
 
 class RADRestorationMixin:
     """`RADPipeline.restore`, by the pipeline's networks and statistics."""
 
+    @in_own_precision
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(

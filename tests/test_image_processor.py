@@ -192,7 +192,9 @@ def test_pictures_of_another_range_are_refused(pixel_range, darkest, image, word
         RADImageProcessor(4, pixel_range, darkest).resize(image)
 
 
-@pytest.mark.parametrize("pixel_range", [(5, 5), (-1, 255), (0, 65536), (0,), (0, 1, 2), (255, 0)])
+@pytest.mark.parametrize(
+    "pixel_range", [(5, 5), (-1, 255), (0, 65536), (0,), (0, 1, 2), (255, 0), 4095, "12", (0.5, 4095)]
+)
 def test_a_range_that_is_none_is_refused(pixel_range):
     with pytest.raises(
         ValueError, match="pixel_range must be black and white, whole numbers with 0 <= black < white <= 65535"

@@ -474,3 +474,12 @@ def test_images_that_are_nearly_alike_give_a_model(pipeline, good_images):
     twin = pipeline.with_normality(None).fit_normality(alike)
     scores = twin([good_images[0], alike[0]]).score
     assert np.isfinite(scores).all() and scores[0] > scores[1] + 10
+
+
+def test_autocast_around_it_changes_nothing(pipeline, good_images):
+    expected = pipeline(good_images[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pipeline(good_images[:2])
+        restored = pipeline.restore(good_images[0], num_steps=1)
+    assert np.array_equal(found.score, expected.score)
+    assert np.array_equal(restored.distances[0], pipeline.restore(good_images[0], num_steps=1).distances[0])
