@@ -110,11 +110,11 @@ def peak(image: ImageInput) -> int | None:
     if isinstance(image, str | Path):
         try:
             with Image.open(Path(image).expanduser(), formats=FORMATS) as header:
-                if header.mode not in DEEP_MODES and not _is_deep_colour(header):
+                if header.mode not in DEEP_MODES and not is_deep_colour(header):
                     return None
         except Exception:  # `read` says what is wrong, if anything is
             pass
-    elif isinstance(image, Image.Image) and image.mode not in DEEP_MODES and not _is_deep_colour(image):
+    elif isinstance(image, Image.Image) and image.mode not in DEEP_MODES and not is_deep_colour(image):
         return None
     pixels = read(image)
     return int(pixels.max()) if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint16 else None
@@ -173,7 +173,7 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image | np.ndarray:
         raise ValueError(f"{name} has the pixel mode {image.mode}, which is not one of {', '.join(MODES)}.")
     try:
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        deep = None if animated or not _is_deep_colour(image) else image.fp
+        deep = None if animated or not is_deep_colour(image) else image.fp
         if deep is None:
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -235,7 +235,7 @@ def _over_white(pixels: np.ndarray, white: int) -> np.ndarray:
 # -- what Pillow reads by its upper 8 bits, or not at all -------------------------------------------------------------
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
+def is_deep_colour(image: Image.Image) -> bool:
     """Whether an image that is not decoded yet has pixels of more than 8 bits and no mode of Pillow's for them."""
     if image.mode in DEEP_MODES or not getattr(image, "tile", None):
         return False

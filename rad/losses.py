@@ -53,11 +53,11 @@ def ran_losses(
         snr_gamma: Clips the weight of high signal-to-noise ratios in the first term (min-SNR, Hang et al., ICCV 2023).
     """
     x_0, noise, t = batch["x_0"], batch["noise"], batch["timesteps"]
-    if output.linear_error is not None:
-        squares = (output.sample.float() - x_0).square().flatten(1).mean(1) / output.linear_error
-    else:
-        squares = (output.sample.float() - noise).square().flatten(1).mean(1)
-    if snr_gamma and output.linear_error is None:
+    predicts_noise = output.linear_error is None
+    squares = (output.sample.float() - (noise if predicts_noise else x_0)).square().flatten(1).mean(1)
+    if not predicts_noise:
+        squares = squares / output.linear_error
+    elif snr_gamma:
         snr = compute_snr(scheduler, t)
         squares = squares * snr.clamp_max(snr_gamma) / snr
     bound = scheduler.variational_bound(x_0, x_t, output.sample, output.variance, t)

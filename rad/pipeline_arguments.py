@@ -103,13 +103,15 @@ def batches(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the pipeline that computes in its networks' own types also where a caller has autocast on, which
-    moves scores by half a deviation."""
+def in_own_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the pipeline that computes alike in whatever mode its caller is: without gradients, outside of
+    inference mode, whose tensors let none through, and in its networks' own types, since autocast moves scores by half
+    a deviation."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self._execution_device.type, enabled=False):
+        own_types = torch.autocast(self._execution_device.type, enabled=False)
+        with own_types, torch.inference_mode(False), torch.no_grad():
             return method(self, *args, **kwargs)
 
     return wrapped

@@ -32,7 +32,7 @@ from .pipeline_arguments import (
     check_output_type,
     check_scoring,
     fingerprint,
-    in_own_precision,
+    in_own_mode,
 )
 from .pipeline_loading import RADLoaderMixin
 from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
@@ -115,9 +115,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
-    @in_own_precision
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_own_mode
     def __call__(
         self,
         image: PipelineImageInput,
@@ -208,9 +206,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             output = output.to_pictures(heat)
         return output if return_dict else output.to_tuple()
 
-    @in_own_precision
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_own_mode
     def measure(
         self,
         x_0: torch.Tensor,
@@ -282,9 +278,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             categories=categories,
         )
 
-    @in_own_precision
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_own_mode
     def denoise(
         self,
         image: PipelineImageInput,
@@ -329,9 +323,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
 
     # -- fitting --------------------------------------------------------------------------------------------------
 
-    @in_own_precision
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_own_mode
     def fit_normality(
         self,
         images: PipelineImageInput,
@@ -435,7 +427,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             warnings.warn(
                 f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for different "
                 "parts, and so are too sure.",
-                stacklevel=5,
+                stacklevel=3,
             )
         labels = [known.index(name) for name in names]
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce)

@@ -16,7 +16,7 @@ from .pipeline_arguments import (
     check_labels,
     check_output_type,
     check_restoration,
-    in_own_precision,
+    in_own_mode,
 )
 from .pipeline_output import Pictures, RADRestorationOutput, pictures_as
 
@@ -24,9 +24,7 @@ from .pipeline_output import Pictures, RADRestorationOutput, pictures_as
 class RADRestorationMixin:
     """`RADPipeline.restore`, by the pipeline's networks and statistics."""
 
-    @in_own_precision
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_own_mode
     def restore(
         self: Any,
         image: PipelineImageInput,

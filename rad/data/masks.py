@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import label, maximum, maximum_filter, minimum_filter
 
-from ..image_reader import FORMATS, MAX_SIDE, read
+from ..image_reader import FORMATS, MAX_SIDE, is_deep_colour, read
 from .listing import is_image
 from .roles import mask_stem
 
@@ -92,7 +92,7 @@ def read_mask(
             with Image.open(part, formats=FORMATS) if isinstance(part, Path) else nullcontext(part) as mask:
                 if max(mask.size) > MAX_SIDE or getattr(mask, "n_frames", 1) > 1:
                     raise ValueError(f"{mask.width} x {mask.height} pixels, {getattr(mask, 'n_frames', 1)} pages")
-                lossy, is_cut = _is_lossy(mask), _is_cut(mask)
+                lossy, is_cut = _is_lossy(mask), is_deep_colour(mask)
                 mask = ImageOps.exif_transpose(mask)
         except Exception as error:  # Pillow's parsers raise many types on damaged files
             raise ValueError(f"{called} cannot be read ({error}).") from error
@@ -161,12 +161,6 @@ def _is_lossy(image: Image.Image) -> bool:
         return True
     file.seek(0)
     return b"VP8L" not in file.read()  # the chunk of lossless pixels
-
-
-def _is_cut(image: Image.Image) -> bool:
-    """Whether Pillow drops the lower 8 of 16 bits a colour."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
-    return image.mode not in ("L", "F", "I") and not image.mode.startswith("I;16") and "16" in str(args)
 
 
 def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:

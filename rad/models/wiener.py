@@ -41,8 +41,7 @@ class WienerFilter(nn.Module):
         # Its logarithm, which half precision holds; the spectrum itself spans ten orders of magnitude
         self.register_buffer("log_spectrum", torch.zeros(channels, sample_size, sample_size))
         alphas_cumprod = np.cumprod(1.0 - np.linspace(1e-4, 0.02, num_train_timesteps))
-        log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-        self.register_buffer("log_snr", torch.from_numpy(log_snr).float())
+        self.register_buffer("log_snr", _log_snr(alphas_cumprod))
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor], alphas_cumprod: np.ndarray) -> "WienerFilter":
@@ -74,7 +73,7 @@ class WienerFilter(nn.Module):
         self.mean.copy_(mean)
         self.axes.copy_(axes)
         self.log_spectrum.copy_(_resize(spectrum.clamp_min(QUANTISATION), self.log_spectrum.shape[-2:]).log())
-        self.log_snr.copy_(torch.from_numpy(np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)))
+        self.log_snr.copy_(_log_snr(alphas_cumprod))
         return self
 
     def forward(
@@ -104,6 +103,11 @@ class WienerFilter(nn.Module):
         along_axes = torch.einsum("ck,bchw->bkhw", axes, x_t / (snr / (1 + snr)).sqrt() - mean)
         coefficients = skip * dct(along_axes) + error.sqrt() * dct(correction)
         return torch.einsum("ck,bkhw->bchw", axes, idct(coefficients)) + mean, error.mean((1, 2, 3))
+
+
+def _log_snr(alphas_cumprod: np.ndarray) -> torch.Tensor:
+    """log(abar / (1 - abar)), float32, [T]."""
+    return torch.from_numpy(np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)).float()
 
 
 def _resize(spectrum: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
