@@ -86,29 +86,44 @@ class RADImageProcessor:
         return low, high
 
 
-def find_pixel_range(peaks: Sequence[int | None]) -> tuple[tuple[int, int], int]:
+def find_pixel_range(
+    peaks: Sequence[int | None], pixel_range: Sequence[int] | None = None
+) -> tuple[tuple[int, int], int]:
     """What the numbers of a set of pictures mean.
 
     Args:
         peaks: `image_reader.peak` of each picture.
+        pixel_range: Black and white, where they are known.
 
     Returns:
         (0, white): of 8-bit pictures (0, 255), of 16-bit ones the first of 8, 10, 12, 14 or 16 bits that hold all of
         them; and the smallest peak of 16-bit pictures, 0 if there are none.
 
     Raises:
-        ValueError: There are both 8-bit pictures and 16-bit ones that do not use their full scale.
+        ValueError: There are 8-bit pictures beside 16-bit ones that do not use their full scale, or 16-bit ones of two
+            ranges: some fit into two bits fewer, and none lies between them and the others.
     """
-    deep = [peak for peak in peaks if peak is not None]
+    deep = sorted(peak for peak in peaks if peak is not None)
+    darkest = deep[0] if deep else 0
+    if pixel_range is not None:
+        return check_pixel_range(pixel_range), darkest
     if not deep:
         return FULL_SCALE, 0
-    white = white_of(max(deep))
+    white, advice = white_of(deep[-1]), "give images of one kind, or the pixel_range of all"
     if len(deep) < len(peaks) and white not in (255, 65535):
         raise ValueError(
             f"{len(peaks) - len(deep)} images have 8-bit pixels and {len(deep)} have 16-bit ones with values up to "
-            f"{max(deep):,}: give images of one kind, or the pixel_range of all."
+            f"{deep[-1]:,}: {advice}."
         )
-    return (0, white), min(deep)
+    low = [peak for peak in deep if white > 255 and peak <= white // 4]
+    if low:
+        number = max(range(1, len(low) + 1), key=lambda n: deep[n] / max(deep[n - 1], 1))
+        if deep[number] > 1.5 * deep[number - 1]:
+            raise ValueError(
+                f"Of {len(deep)} images with 16-bit pixels {number} have values up to {deep[number - 1]:,}, and no other "
+                f"stays below {deep[number]:,}, as if two cameras took them: {advice}."
+            )
+    return (0, white), darkest
 
 
 def check_pixel_range(pixel_range: Sequence[int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_processor import RADImageProcessor, check_pixel_range, find_pixel_range, overlay, resize_map, to_pil
+from .image_processor import RADImageProcessor, find_pixel_range, overlay, resize_map, to_pil
 from .image_reader import PipelineImageInput, decode, peak
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
@@ -376,7 +376,6 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         config = {name: v.item() if isinstance(v, np.generic) else v for name, v in config.items()}  # as JSON has them
         config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
         config["discriminator"] = self.discriminator is not None
-        fixed_range = config.pop("pixel_range", None)
         channels, stride = self.feature_extractor.num_channels, self.feature_extractor.config.feature_stride
         size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
         map_size = self.config.resolution // 4  # RAN's 64 x 64
@@ -393,12 +392,11 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             return accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
 
         # 2. What the numbers in the pictures mean
-        if fixed_range is None:
-            peaks = torch.zeros(len(names), dtype=torch.int64)
-            peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
-            pixel_range, darkest = find_pixel_range([value - 1 if value else None for value in reduce(peaks).tolist()])
-        else:
-            pixel_range, darkest = check_pixel_range(fixed_range), config.get("darkest_peak", 0)
+        peaks = torch.zeros(len(names), dtype=torch.int64)
+        peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
+        shared = [value - 1 if value else None for value in reduce(peaks).tolist()]
+        pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
+        darkest = config.get("darkest_peak", darkest)  # given where the images are no longer of 16 bits
         normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
         processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
 

@@ -131,7 +131,7 @@ PEAKS = {
     "10 bits": ([900, 1023, 300], (0, 1023), 300),
     "12 bits": ([1024, 700], (0, 4095), 700),
     "14 bits": ([16383], (0, 16383), 16383),
-    "16 bits": ([16384, 9], (0, 65535), 9),
+    "16 bits": ([16384, 12_000], (0, 65535), 12_000),
     "8 and 16 bits": ([None, 60_000], (0, 65535), 60_000),
     "8 bits in 16": ([None, 255, 0], (0, 255), 0),
 }
@@ -146,6 +146,21 @@ def test_the_range_is_found(name):
 def test_pictures_of_two_kinds_have_no_range():
     with pytest.raises(ValueError, match="1 images have 8-bit pixels and 2 have 16-bit ones with values up to 4,000"):
         find_pixel_range([None, 4000, 200])
+
+
+@pytest.mark.parametrize(
+    ("peaks", "message"),
+    [
+        ([1000, 4000, 990, 3900], "Of 4 images with 16-bit pixels 2 have values up to 1,000, and no other stays below 3,900"),
+        ([4095] * 3 + [60000], "3 have values up to 4,095, and no other stays below 60,000"),
+        ([255] * 3 + [1023], "3 have values up to 255"),
+        ([800, 2000, 16000, 15000], "2 have values up to 2,000"),
+    ],
+)
+def test_pictures_of_two_cameras_have_no_range(peaks, message):
+    with pytest.raises(ValueError, match=message):
+        find_pixel_range(peaks)
+    assert find_pixel_range(peaks, (0, 65535)) == ((0, 65535), min(peaks))
 
 
 def picture(peak: int, dtype=np.uint16) -> np.ndarray:

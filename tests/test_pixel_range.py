@@ -88,7 +88,10 @@ def test_a_picture_of_another_range_is_not_judged(fitted, photos):
 
 def test_a_range_may_be_given(pipeline, photos):
     given = pipeline.with_normality(None).fit_normality(photos[12], gaussian_channels=16, pixel_range=(64, 16383))
-    assert tuple(given.normality.config.pixel_range) == (64, 16383) and given.normality.config.darkest_peak == 0
+    assert tuple(given.normality.config.pixel_range) == (64, 16383)
+    assert given.normality.config.darkest_peak == min(np.asarray(Image.open(path)).max() for path in photos[12])
+    with pytest.raises(ValueError, match="the darkest with values up to"):
+        given(np.asarray(Image.open(photos[12][0])) // 8)
     with pytest.raises(ValueError, match="pixel_range must be black and white"):
         pipeline.with_normality(None).fit_normality(photos[12], pixel_range=(9, 9))
 

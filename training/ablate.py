@@ -316,7 +316,7 @@ def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
         "pasted": range(2 * len(others)),
         "test": evenly(len(sets["test"]), args.max_test_samples),
     }
-    seen = survey(sets["test"], picked["test"])
+    seen = survey(sets["test"], picked["test"], pipeline.image_processor.resize)
     seen.check()
     accelerator.print("\n".join(seen.sentences()), flush=True)
     truths = {name: read_truths(sets[name], indices, args.map_size) for name, indices in picked.items()}

@@ -333,7 +333,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     categories, seen = load_split(args, "test", args.category).categories, Survey()
     for category in categories:
         test = load_split(args, "test", [category])
-        seen += survey(test, evenly(len(test), args.max_test_samples))
+        seen += survey(test, evenly(len(test), args.max_test_samples), pipeline.image_processor.resize)
     seen.check()
     print("\n".join(seen.sentences()), flush=True)
     marks = {m: {c: marks_of(m, c, pipeline, args) for c in categories} for m in args.methods}

@@ -51,7 +51,7 @@ from rad.metrics import IMAGE_METRICS, PIXEL_METRICS, psnr
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_loading import EMBEDDED_MODELS
 from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
-from rad.truths import share_work, survey
+from rad.truths import Survey, share_work, survey
 
 RATES = (0.01, 0.05, 0.1)  # false-alarm rates that are checked
 ALPHAS = [i / 10 for i in range(11)]
@@ -321,7 +321,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     picked = evenly(len(dataset), args.max_test_samples)
     if state.is_main_process:
         print(summarise_data(args, dataset).to_text(), flush=True)
-    surveyed = survey(dataset, picked)
+    for i in picked:
+        models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
+    pipelines = {model: RADPipeline.load(model) for model in models}
+    surveyed = Survey()
+    for model, indices in models.items():
+        surveyed += survey(dataset, indices, pipelines[model].image_processor.resize)
     surveyed.check(args.mode == "calibrated")
     if args.restore and not any(one.label and one.has_mask for one in surveyed.seen):
         raise ValueError("--restore takes defective images with a mask, and there are none.")
@@ -329,10 +334,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(surveyed.sentences()), flush=True)
 
     # 2. Score: one model after another, each on its categories
-    for i in picked:
-        models.setdefault(args.model.replace(CATEGORY, dataset.samples[i].category), []).append(i)
     for model, indices in models.items():
-        score(args, RADPipeline.load(model).to(args.device or state.device), dataset, indices, found)
+        score(args, pipelines.pop(model).to(args.device or state.device), dataset, indices, found)
 
     # 3. Measure
     measured, curves = measure(args, found)

@@ -15,7 +15,7 @@ from rad.data import AnomalyDataset, detect_format, load_hub_dataset
 from rad.data.batches import to_pixels
 from rad.data.dataset import MIN_IMAGES
 from rad.data.summary import DataSummary, summarise
-from rad.image_processor import FULL_SCALE, check_pixel_range, find_pixel_range
+from rad.image_processor import FULL_SCALE, find_pixel_range
 from rad.image_reader import name_of, peak
 from rad.pipeline_arguments import check_different, fingerprint
 
@@ -47,8 +47,6 @@ def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
 
 def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
     """What the numbers in images mean, as `find_pixel_range` says, or as --pixel_range does."""
-    if args.pixel_range:
-        return check_pixel_range(args.pixel_range), 0
 
     def peak_of(index: int) -> int | None:
         try:
@@ -57,8 +55,8 @@ def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[
             return None
 
     with ThreadPoolExecutor() as pool:
-        pixel_range, darkest_peak = find_pixel_range(list(pool.map(peak_of, indices)))
-    if pixel_range != FULL_SCALE:
+        pixel_range, darkest_peak = find_pixel_range(list(pool.map(peak_of, indices)), args.pixel_range)
+    if pixel_range != FULL_SCALE and not args.pixel_range:
         logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
     return pixel_range, darkest_peak
 
