@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,18 +26,60 @@ def refusal(root: Path, reason: str) -> ValueError:
     return ValueError(f"It is not clear which images in {root} are good: {reason}. Say it with {FLAGS}.")
 
 
+def telling_words(path: Path) -> str:
+    """Which words a file's name bears, such as "scratch" of "scratch_12.png", without those that say image, camera or
+    lot only."""
+    words = re.findall(r"[^\W\d_]{2,}", path.stem.casefold())
+    return "_".join(word for word in words if meaning_of(word) != Meaning())
+
+
 def kinds_of_names(paths: Sequence[Path]) -> dict[str, int]:
-    """How many files bear which words, such as "scratch" of "scratch_12.png", without those that say image, camera or
-    lot only; empty where all bear the same, or other words each."""
-
-    def telling_words(path: Path) -> str:
-        words = re.findall(r"[^\W\d_]{2,}", path.stem.casefold())
-        return "_".join(word for word in words if meaning_of(word) != Meaning())
-
+    """How many files bear which telling words or, without any, which letter, sign, or 0 and 1 as of classes; empty
+    where all bear the same, or other words each."""
     kinds = Counter(map(telling_words, paths))
     kinds = {kind: count for kind, count in kinds.items() if count > 1}
     is_system = 1 < len(kinds) <= MAX_KINDS and sum(kinds.values()) > 0.9 * len(paths)
-    return kinds if is_system else {}
+    return kinds if is_system else classes_of_names(paths)
+
+
+def classes_of_names(paths: Sequence[Path]) -> dict[str, int]:
+    """How many files bear which letter or sign, or 0 and which 1, in one place of their names: "g_1" and "b_1", "000_0"
+    and "001_1". Left and right are no classes, nor are 0 and 1 behind a name that bears both, as of two views."""
+    names = [re.findall(r"^[-+]|[^\W\d_]+|\d+", path.stem.casefold()) for path in paths]
+    lengths = {len(name) for name in names}
+    for place in range(max(lengths) if len(lengths) == 1 else min(1, min(lengths, default=0))):
+        kinds = Counter(name[place] for name in names)
+        if len(kinds) < 2 or min(kinds.values()) < 2:
+            continue
+        before = Counter(tuple(name[:place]) for name in names)
+        are_views = place > 0 and lengths == {place + 1} and set(before.values()) == {2}
+        are_letters = all(re.fullmatch(r"[^\W\d_]|[-+]", kind) for kind in kinds) and set(kinds) != {"l", "r"}
+        if are_letters or (set(kinds) == {"0", "1"} and not are_views):
+            return dict(kinds)
+    return {}
+
+
+def named_otherwise(paths: Sequence[Path]) -> list[Path]:
+    """Those of some good images whose own names say a defect, or no photo at all, as others' do not; a single
+    "broken.png" that cannot be opened is just that."""
+
+    def says(path: Path) -> bool:
+        meaning = meaning_of(path.stem)
+        return meaning.quality in ("bad", "both") or meaning.mask or meaning.aside
+
+    odd = [path for path in paths if says(path)]
+    if len(odd) == 1 and not can_be_opened(odd[0]):
+        return []
+    return odd if len({telling_words(path) for path in paths}) > 1 else []
+
+
+def classes_of_folders(folders: Collection[tuple[str, ...]]) -> bool:
+    """Whether folders are told apart by a letter, a sign, or a number from 0 on, as classes are: "A1" and "A2", "+" and
+    "-", "00" and "01"."""
+    bare = {tuple(f for f in path if re.fullmatch(r"[^\W\d_]?[-_ .]*\d*|[-+]\d+|\W+", f)) for path in folders}
+    letters = {tuple(f for f in path if not f.isdigit()) for path in bare}
+    numbers = {int(path[0]) if len(path) == 1 and path[0].isdigit() else None for path in bare}
+    return len(letters) > 1 or (len(numbers) > 1 and numbers == set(range(len(numbers))))
 
 
 def label_files(root: Path, listing: Listing) -> list[Path]:

@@ -20,7 +20,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .dataset import Sample, check_masks_found
-from .doubts import can_be_opened, is_binary, kinds_of_names, label_files, refusal
+from .doubts import (
+    can_be_opened,
+    classes_of_folders,
+    is_binary,
+    kinds_of_names,
+    label_files,
+    named_otherwise,
+    refusal,
+)
 from .listing import LINKS, Listing, list_files
 from .roles import Meaning, mask_stem, meaning_of
 
@@ -128,6 +136,7 @@ def read_folder(
     photos = [entry for entry in entries if entry.quality != "mask"]
     if not any(entry.quality for entry in photos):
         check_plain(root, entries, listing, above)
+        check_names(root, [entry.path for entry in photos], label_files(root, listing))
         entries = [entry if entry.quality else replace(entry, quality="good") for entry in entries]
         return [replace(entry, category=name) for entry in entries]
     if not good:
@@ -139,6 +148,9 @@ def read_folder(
             raise refusal(root, f"some names tell good or bad ({', '.join(names)}), but not of the images {folders}")
     if not any(entry.quality == "good" for entry in entries):
         raise refusal(root, f"all images seem to be defects ({place(photos[0])}), none good")
+    if not good:
+        labels = [path for path in label_files(root, listing) if is_below_good(path.relative_to(root))]
+        check_names(root, [entry.path for entry in entries if entry.quality == "good"], labels)
     return [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
 
 
@@ -369,15 +381,24 @@ def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple
     if says_good:
         return
     groups = {core(entry) for entry in entries}
-    firsts = {entry.folders[:1] for entry in entries}
-    are_classes = len(firsts) > 1 and firsts == {(str(number),) for number in range(len(firsts))}
-    if len(groups) > 1 or are_classes:
+    if len(groups) > 1 or classes_of_folders({entry.folders for entry in entries}):
         names = Counter(map(place, entries))
         raise refusal(root, f"it holds {', '.join(f'{n} in {p}' for p, n in sorted(names.items())[:8])}")
     kinds = kinds_of_names([entry.path for entry in entries])
     if kinds:
         told = ", ".join(f"{count} {kind or 'others'}" for kind, count in sorted(kinds.items())[:8])
         raise refusal(root, f"its files bear the names of several kinds: {told}")
-    labels = label_files(root, listing)
+
+
+def check_names(root: Path, good: list[Path], labels: list[Path]) -> None:
+    """Raises ValueError if some good images bear the names of defects, or there are files of labels."""
+    odd = named_otherwise(good)
+    if odd:
+        raise refusal(root, f"{odd[0].relative_to(root)} lies among good images, but its name says otherwise")
     if labels:
         raise refusal(root, f"the file {labels[0].relative_to(root)} seems to hold labels, which are not read")
+
+
+def is_below_good(path: Path) -> bool:
+    """Whether a file lies in a folder that says good."""
+    return any(meaning_of(folder).quality == "good" for folder in path.parts[:-1])

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .dataset import Sample, check_masks_found, pick_categories, wrong_layout
-from .listing import images_under, list_images, subfolders
+from .doubts import label_files, named_otherwise
+from .listing import images_under, list_files, list_images, subfolders
 from .masks import find_mask
 from .roles import mask_stem, meaning_of
 
@@ -35,7 +36,8 @@ def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> l
 
 def is_mvtec(root: Path, good: str = "good") -> bool:
     """Whether a folder holds MVTec-AD's layout, or BTAD's with another `good`, and nothing that it does not know."""
-    paths = [path.relative_to(root) for path in images_under(root)]
+    listing = list_files(root)
+    paths = [path.relative_to(root) for path in listing.images]
 
     def fits(folders: tuple[str, ...]) -> bool:
         role, kind = folders[1:3] if len(folders) > 2 else ("", "")
@@ -53,6 +55,8 @@ def is_mvtec(root: Path, good: str = "good") -> bool:
         and any(f[1:3] == ("train", good) for f in folders)
         and all(f[1] in ("train", "test", "ground_truth") for f in folders)
         and not any(mask_stem(path.stem) for path in paths if path.parts[1] != "ground_truth")
+        and not named_otherwise([root / path for path in paths if path.parts[2] == good])
+        and not any(path.relative_to(root).parts[2:3] == (good,) for path in label_files(root, listing))
     )
 
 

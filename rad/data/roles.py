@@ -141,7 +141,7 @@ def mask_stem(stem: str) -> str | None:
     parts = re.split(r"([-_. ])", stem)
     for words, rest in ((parts[-3:], parts[:-4]), (parts[-1:], parts[:-2]), (parts[:1], parts[2:])):
         roles = [_WORDS.get(_latin(part)) or _ASIAN_WORDS.get(part) for part in words if part not in "-_. "]
-        if rest and set(roles) <= {"mask", "ground"}:
+        if rest and roles and set(roles) <= {"mask", "ground"}:
             return "".join(rest)
     return None
 
