@@ -120,8 +120,8 @@ def find_pixel_range(
         number = max(range(1, len(low) + 1), key=lambda n: deep[n] / max(deep[n - 1], 1))
         if deep[number] > 1.5 * deep[number - 1]:
             raise ValueError(
-                f"Of {len(deep)} images with 16-bit pixels {number} have values up to {deep[number - 1]:,}, and no other "
-                f"stays below {deep[number]:,}, as if two cameras took them: {advice}."
+                f"Of {len(deep)} images with 16-bit pixels {number} have values up to {deep[number - 1]:,}, and no "
+                f"other stays below {deep[number]:,}, as if two cameras took them: {advice}."
             )
     return (0, white), darkest
 

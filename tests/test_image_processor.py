@@ -151,7 +151,10 @@ def test_pictures_of_two_kinds_have_no_range():
 @pytest.mark.parametrize(
     ("peaks", "message"),
     [
-        ([1000, 4000, 990, 3900], "Of 4 images with 16-bit pixels 2 have values up to 1,000, and no other stays below 3,900"),
+        (
+            [1000, 4000, 990, 3900],
+            "Of 4 images with 16-bit pixels 2 have values up to 1,000, and no other stays below 3,900",
+        ),
         ([4095] * 3 + [60000], "3 have values up to 4,095, and no other stays below 60,000"),
         ([255] * 3 + [1023], "3 have values up to 255"),
         ([800, 2000, 16000, 15000], "2 have values up to 2,000"),

@@ -7,7 +7,6 @@ and a mask's suffix may differ from its image's.
 from pathlib import Path
 
 from .dataset import Sample
-from .masks import find_mask
 from .mvtec import load_categories
 
 
@@ -17,8 +16,4 @@ def load_btad(root: Path, split: str, categories: list[str] | None = None) -> li
     Raises:
         ValueError: As `load_categories`.
     """
-
-    def mask(category: Path, defect: str, image: Path) -> Path | None:
-        return find_mask(category / "ground_truth" / defect, image.stem)
-
-    return load_categories(root, split, categories, "BTAD", mask, good="ok")
+    return load_categories(root, split, categories, "BTAD", good="ok")

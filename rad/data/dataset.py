@@ -123,13 +123,17 @@ def evenly(count: int, limit: int | None) -> list[int]:
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
-def check_masks_found(folder: Path, samples: Sequence[Sample], masks: Sequence[Path]) -> None:
-    """Raises ValueError if there are masks, and none is that of a sample."""
+def check_masks_found(folder: Path, samples: Sequence[Sample], others: Sequence[Path]) -> None:
+    """Raises ValueError if there are defects without a mask, and masks (`others`) of no image: they belong together,
+    and no name says how."""
     defects = [sample for sample in samples if sample.label]
-    if masks and defects and not any(sample.mask for sample in defects):
+    without = [sample for sample in defects if not sample.mask]
+    if without and others:
+        image, mask = (p.relative_to(folder) if p.is_relative_to(folder) else p for p in (without[0].image, others[0]))
         raise ValueError(
-            f"None of the {len(defects)} defects in {folder} has a mask of its name, such as "
-            f"{Path(defects[0].image).name}, though there are {len(masks)} masks, such as {masks[0].name}."
+            f"{len(without)} of the {len(defects)} defects in {folder} have no mask of their name and kind, such as "
+            f"{image}, though {len(others)} masks are of no image, such as {mask}: name masks as their images, "
+            "000_mask.png of 000.png, in a folder of the same kind, or take them away."
         )
 
 

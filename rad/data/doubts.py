@@ -43,8 +43,8 @@ def kinds_of_names(paths: Sequence[Path]) -> dict[str, int]:
 
 
 def classes_of_names(paths: Sequence[Path]) -> dict[str, int]:
-    """How many files bear which letter or sign, or 0 and which 1, in one place of their names: "g_1" and "b_1", "000_0"
-    and "001_1". Left and right are no classes, nor are 0 and 1 behind a name that bears both, as of two views."""
+    """How many files bear which letter or sign, or 0 and which 1, in one place of their names: "g_1" and "b_1",
+    "000_0" and "001_1". Left and right are no classes, nor are 0 and 1 behind a name that bears both, as views do."""
     names = [re.findall(r"^[-+]|[^\W\d_]+|\d+", path.stem.casefold()) for path in paths]
     lengths = {len(name) for name in names}
     for place in range(max(lengths) if len(lengths) == 1 else min(1, min(lengths, default=0))):
@@ -74,8 +74,8 @@ def named_otherwise(paths: Sequence[Path]) -> list[Path]:
 
 
 def classes_of_folders(folders: Collection[tuple[str, ...]]) -> bool:
-    """Whether folders are told apart by a letter, a sign, or a number from 0 on, as classes are: "A1" and "A2", "+" and
-    "-", "00" and "01"."""
+    """Whether folders are told apart by a letter, a sign, or a number from 0 on, as classes are: "A1" and "A2", "+"
+    and "-", "00" and "01"."""
     bare = {tuple(f for f in path if re.fullmatch(r"[^\W\d_]?[-_ .]*\d*|[-+]\d+|\W+", f)) for path in folders}
     letters = {tuple(f for f in path if not f.isdigit()) for path in bare}
     numbers = {int(path[0]) if len(path) == 1 and path[0].isdigit() else None for path in bare}

@@ -30,6 +30,7 @@ from .doubts import (
     refusal,
 )
 from .listing import LINKS, Listing, list_files
+from .masks import MaskFinder, is_mask_alone
 from .roles import Meaning, mask_stem, meaning_of
 
 
@@ -85,16 +86,17 @@ def load_folder(
             f"{root} has no 'test' split: expected the folder good and one for each kind of defect, found "
             f"{sorted({entry.folders[0] for entry in entries if entry.folders})[:10] or 'no folders'}."
         )
-    find = MaskFinder(entries)
+    masks, photos = ([e.path for e in entries if (e.quality == "mask") == is_mask] for is_mask in (True, False))
+    find = MaskFinder(masks, photos, root)
     samples = [
-        Sample(entry.path, entry.category, entry.defect, find(entry) if entry.quality == "bad" else None)
+        Sample(entry.path, entry.category, entry.defect, find(entry.path) if entry.quality == "bad" else None)
         for category in (categories or available)
         for entry in divide([entry for entry in entries if entry.category == category and entry.quality != "mask"])
         if entry.split == split
     ]
     if entries and not samples and split == "train":
         raise ValueError(f"{root} has no good images to train on: all lie in folders of tests.")
-    check_masks_found(root, samples, [mask.path for mask in find.masks])
+    check_masks_found(root, samples, find.without_image(photos))
     return samples
 
 
@@ -305,55 +307,6 @@ def divide(entries: list[Entry]) -> list[Entry]:
     if not has_test:
         good = [replace(e, split="test") if e.split == "validation" else e for e in good]
     return good + bad
-
-
-def is_mask_alone(path: Path) -> bool:
-    """Whether a name says "mask" and not of which image: "mask.png" beside "image.png"."""
-    return meaning_of(path.stem) == Meaning(mask=True) and mask_stem(path.stem) is None
-
-
-class MaskFinder:
-    """Finds the mask of a defect by its name and, where several bear it, by the folders that both lie in.
-
-    Args:
-        entries: All there are; a mask without an image's name is that of the only image in its folder.
-    """
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self.masks, self.by_stem = [entry for entry in entries if entry.quality == "mask"], {}
-        photos = Counter(entry.path.parent for entry in entries if entry.quality != "mask")
-        for mask in self.masks:
-            stems = {mask.path.stem, mask_stem(mask.path.stem) or mask.path.stem}
-            if is_mask_alone(mask.path) and photos[mask.path.parent] == 1:
-                stems = {str(mask.path.parent)}
-            for stem in stems:
-                self.by_stem.setdefault(stem.casefold(), []).append(mask)
-
-    def __call__(self, entry: Entry) -> Path | None:
-        """Raises ValueError if two masks fit alike."""
-        own = Counter(map(str.casefold, entry.folders))
-
-        def folders(mask: Entry) -> list[str]:  # "scratch" of "scratch_masks"
-            return [(mask_stem(folder) or folder).casefold() for folder in mask.folders]
-
-        def fit(mask: Entry) -> int:
-            return sum((own & Counter(folders(mask))).values())
-
-        def is_of_another(mask: Entry) -> bool:
-            words = [meaning_of(folder) for folder in mask.folders]
-            return any(word.mask for word in words) and any(
-                (word.quality == "good" or word.kind or (word.unknown and not word.mask)) and folder not in own
-                for folder, word in zip(folders(mask), words, strict=True)
-            )
-
-        keys = (entry.path.stem, str(entry.path.parent))
-        found = [mask for key in keys for mask in self.by_stem.get(key.casefold(), ()) if not is_of_another(mask)]
-        found.sort(key=fit, reverse=True)
-        if len(found) > 1 and fit(found[0]) == fit(found[1]):
-            raise ValueError(
-                f"{entry.path} has two masks, {found[0].path} and {found[1].path}: keep one, or name it by --masks."
-            )
-        return found[0].path if found else None
 
 
 def place(entry: Entry) -> str:

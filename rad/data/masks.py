@@ -11,7 +11,8 @@ What marks a defect is told by the values that a mask holds, never by how much o
 What fits none of these is refused, with what was found.
 """
 
-import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import label, maximum, maximum_filter, minimum_filter
 
 from ..image_reader import FORMATS, MAX_SIDE, is_deep_colour, read
-from .listing import is_image
-from .roles import mask_stem
+from .roles import Meaning, mask_stem, meaning_of
 
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".hif")
 NUM_KINDS = 31  # a mask of whole numbers up to here holds kinds of defect, not greys
@@ -45,27 +45,75 @@ class Mask:
     rules: tuple[str, ...] = ()
 
 
-def find_mask(folder: Path, stem: str) -> Path | None:
-    """The mask of an image in a folder of masks, whatever the image's own suffix and the case of letters.
+class MaskFinder:
+    """Finds the mask of an image by its name and, where several bear it, by the folders that both lie in.
 
-    It bears the image's name, alone or as `mask_stem` knows it: `000_mask.png`, `000-GT.tif`, `mask_000.jpg`. Of
-    several `<stem>_mask` goes first, then other words than the name alone, and formats that no compression touches.
+    A mask bears its image's name, alone or as `mask_stem` knows it (`000_mask.png`, `000-GT.tif`, `mask_000.jpg`),
+    whatever the case of letters; one that bears no name ("mask.png") is that of the only image in its folder.
+
+    Args:
+        masks: Of defects, all there are.
+        images: All there are, good and bad.
+        root: Of a data set, or of one of its categories: folders above it tell nothing.
     """
-    plain = folder / f"{stem}_mask.png"
-    if plain.is_file():
-        return plain
-    if not folder.is_dir():
-        return None
 
-    def rank(path: Path) -> tuple:
-        is_other_case = stem not in path.stem  # "a" and "A" may be two images
-        words = path.stem.casefold().replace(stem.casefold(), "", 1)
-        return is_other_case, words != "_mask", not words, path.suffix.lower() in LOSSY_SUFFIXES, path.name
+    def __init__(self, masks: Sequence[Path], images: Sequence[Path], root: Path) -> None:
+        self.masks, self.root, self.by_stem = masks, root, {}
+        in_folder = Counter(image.parent for image in images)
+        for mask in masks:
+            stems = {mask.stem, mask_stem(mask.stem) or mask.stem}
+            if is_mask_alone(mask) and in_folder[mask.parent] == 1:
+                stems = {str(mask.parent)}
+            for stem in stems:
+                self.by_stem.setdefault(stem.casefold(), []).append(mask)
 
-    name = stem.casefold()
-    near = [folder / other for other in os.listdir(folder) if name in other.casefold()]
-    own = [path for path in near if name in (path.stem.casefold(), (mask_stem(path.stem) or "").casefold())]
-    return min(filter(is_image, own), key=rank, default=None)
+    def __call__(self, image: Path) -> Path | None:
+        """The mask that fits best: of one folder `<stem>_mask` goes first, then other words than the name alone, and
+        formats that no compression touches. Raises ValueError if two in other folders fit alike."""
+        first, second = (self.candidates(image) + [None, None])[:2]
+        if second and first.parent != second.parent and self._fit(image, first) == self._fit(image, second):
+            raise ValueError(f"{image} has two masks, {first} and {second}: keep one, or name it by --masks.")
+        return first
+
+    def candidates(self, image: Path) -> list[Path]:
+        """All that may be an image's mask, the best first."""
+        keys = (image.stem, str(image.parent))
+        near = [mask for key in keys for mask in self.by_stem.get(key.casefold(), ())]
+        found = [mask for mask in near if not self._is_of_another(image, mask)]
+
+        def rank(mask: Path) -> tuple:
+            is_other_case = image.stem not in (mask.stem, mask_stem(mask.stem))  # "a" and "A" may be two images
+            words = mask.stem.casefold().replace(image.stem.casefold(), "", 1)
+            is_lossy = mask.suffix.lower() in LOSSY_SUFFIXES
+            return -self._fit(image, mask), is_other_case, words != "_mask", not words, is_lossy, mask.name
+
+        return sorted(found, key=rank)
+
+    def without_image(self, images: Iterable[Path]) -> list[Path]:
+        """The masks that may be those of none of these images."""
+        found = {mask for image in images for mask in self.candidates(image)}
+        return [mask for mask in self.masks if mask not in found]
+
+    def _folders(self, path: Path, is_mask: bool = False) -> list[str]:
+        parts = path.relative_to(self.root).parts[:-1]
+        return [((is_mask and mask_stem(part)) or part).casefold() for part in parts]  # "scratch" of "scratch_masks"
+
+    def _fit(self, image: Path, mask: Path) -> int:
+        return sum((Counter(self._folders(image)) & Counter(self._folders(mask, is_mask=True))).values())
+
+    def _is_of_another(self, image: Path, mask: Path) -> bool:
+        """Whether a mask lies in a folder that is named for what the image's are not."""
+        words = [meaning_of(part) for part in mask.relative_to(self.root).parts[:-1]]
+        own = self._folders(image)
+        return any(word.mask for word in words) and any(
+            (word.quality == "good" or word.kind or (word.unknown and not word.mask)) and folder not in own
+            for folder, word in zip(self._folders(mask, is_mask=True), words, strict=True)
+        )
+
+
+def is_mask_alone(path: Path) -> bool:
+    """Whether a name says "mask" and not of which image: "mask.png" beside "image.png"."""
+    return meaning_of(path.stem) == Meaning(mask=True) and mask_stem(path.stem) is None
 
 
 def read_mask(

@@ -15,23 +15,18 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
     ground_truth/<defect>/<image>/000.png, 001.png, ...
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from .dataset import Sample, check_masks_found, pick_categories, wrong_layout
 from .doubts import label_files, named_otherwise
-from .listing import images_under, list_files, list_images, subfolders
-from .masks import find_mask
+from .listing import images_under, list_files, subfolders
+from .masks import MaskFinder
 from .roles import mask_stem, meaning_of
 
 
 def load_mvtec(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
     """MVTec-AD's samples of `split` ("train" or "test"); arguments and errors as `load_categories`."""
-
-    def mask(category: Path, defect: str, image: Path) -> Path | None:
-        return find_mask(category / "ground_truth" / defect, image.stem)
-
-    return load_categories(root, split, categories, "MVTec-AD", mask)
+    return load_categories(root, split, categories, "MVTec-AD")
 
 
 def is_mvtec(root: Path, good: str = "good") -> bool:
@@ -53,6 +48,8 @@ def is_mvtec(root: Path, good: str = "good") -> bool:
     return (
         all(map(fits, folders))
         and any(f[1:3] == ("train", good) for f in folders)
+        and {f[0] for f in folders} == {f[0] for f in folders if f[1:3] in (("train", good), ("test", good))}
+        and not any(meaning_of(f[0]).mask for f in folders)
         and all(f[1] in ("train", "test", "ground_truth") for f in folders)
         and not any(mask_stem(path.stem) for path in paths if path.parts[1] != "ground_truth")
         and not named_otherwise([root / path for path in paths if path.parts[2] == good])
@@ -62,11 +59,7 @@ def is_mvtec(root: Path, good: str = "good") -> bool:
 
 def load_mvtec_ad_2(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
     """MVTec-AD 2's samples of `split` ("train", "validation" or "test", which is the public one)."""
-
-    def mask(category: Path, defect: str, image: Path) -> Path | None:
-        return find_mask(category / "test_public" / "ground_truth" / defect, image.stem)
-
-    return load_categories(root, split, categories, "MVTec-AD 2", mask, test="test_public")
+    return load_categories(root, split, categories, "MVTec-AD 2", test="test_public")
 
 
 def load_mvtec_loco(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -76,12 +69,7 @@ def load_mvtec_loco(root: Path, split: str, categories: list[str] | None = None)
     metric of LOCO's authors, sPRO, saturates each kind at an area of its own instead; AUPRO on these masks is another
     number.
     """
-
-    def mask(category: Path, defect: str, image: Path) -> tuple[Path, ...] | None:
-        folder = category / "ground_truth" / defect / image.stem
-        return tuple(list_images(folder)) or None if folder.is_dir() else None
-
-    return load_categories(root, split, categories, "MVTec LOCO", mask, mask_threshold=0)
+    return load_categories(root, split, categories, "MVTec LOCO", a_folder_each=True)
 
 
 def load_categories(
@@ -89,23 +77,21 @@ def load_categories(
     split: str,
     categories: list[str] | None,
     layout: str,
-    mask: Callable[[Path, str, Path], Path | tuple[Path, ...] | None],
     test: str = "test",
     good: str = "good",
-    mask_threshold: float | None = None,
+    a_folder_each: bool = False,
 ) -> list[Sample]:
     """Samples of one split of the named categories, by default all.
 
     Args:
         layout: Its name, for errors.
-        mask: Finds the mask of an image, given the category's folder, the defect's name (with the subfolders in its
-            folder that the image lies in) and the image.
         test: Folder of the split "test"; other splits lie in folders of their own name.
         good: Folder of good images.
+        a_folder_each: Whether an image's masks lie in a folder of its name, each a part, any value but 0 defect.
 
     Raises:
         ValueError: No category in the layout, or one without the split, or a named one that does not exist, or
-            masks of which none bears the name of an image.
+            defects without a mask beside masks that are of no image.
     """
     available = [p.name for p in subfolders(root) if (p / "train" / good).is_dir() or (p / test / good).is_dir()]
     if not available:
@@ -115,18 +101,32 @@ def load_categories(
         folder = root / category / (test if split == "test" else split)
         if not folder.is_dir():
             raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
-        own = []
+        own, truths = [], masks_by_kind(root / category, folder)
+        others = set().union(*truths.values())
         for kind in subfolders(folder):
             if kind.name == "ground_truth":  # MVTec-AD 2 keeps its masks among the images
                 continue
-            defect = "good" if kind.name == good else kind.name
-            for image in images_under(kind):
-                found = (
-                    None if defect == "good" else mask(root / category, str(image.parent.relative_to(folder)), image)
-                )
-                own.append(Sample(image, category, defect, found, mask_threshold))
-        truths = [truth for truth in (root / category / "ground_truth", folder / "ground_truth") if truth.is_dir()]
-        if {sample.mask for sample in own if sample.label} == {None}:
-            check_masks_found(folder, own, [path for truth in truths for path in images_under(truth)])
+            defect, images = "good" if kind.name == good else kind.name, images_under(kind)
+            masks = truths.get(kind.name.casefold(), []) + truths.get("", [])
+            find = MaskFinder(masks, images, root / category)
+            for image in images:
+                parts = tuple(mask for mask in masks if mask.parent.name == image.stem)
+                mask = (parts or None) if a_folder_each else find(image)
+                mask = None if defect == "good" else mask
+                own.append(Sample(image, category, defect, mask, 0 if a_folder_each else None))
+                others -= set(parts if a_folder_each else find.candidates(image))
+        if split == "test":
+            check_masks_found(root / category, own, sorted(others))
         samples += own
     return samples
+
+
+def masks_by_kind(*folders: Path) -> dict[str, list[Path]]:
+    """The masks in ground_truth of these folders by the kind of defect, in lower case: "crack" of `Crack` and of
+    `crack_masks`; "" of those in no folder of a kind."""
+    found: dict[str, list[Path]] = {}
+    for truth in {folder / "ground_truth" for folder in folders if (folder / "ground_truth").is_dir()}:
+        for path in images_under(truth):
+            kind = next(iter(path.relative_to(truth).parts[:-1]), "")
+            found.setdefault((mask_stem(kind) or kind).casefold(), []).append(path)
+    return found

@@ -95,7 +95,7 @@ def test_an_unknown_category_lists_those_that_exist(mvtec):
 def test_masks_of_which_none_bears_an_images_name_are_refused(mvtec):
     masks = mvtec / "bottle" / "ground_truth" / "crack"
     (masks / "000_mask.png").rename(masks / "crack_one.png")
-    with pytest.raises(ValueError, match=r"None of the 1 defects in .*bottle.test has a mask .*crack_one\.png"):
+    with pytest.raises(ValueError, match=r"1 of the 1 defects in .*bottle have no mask .*crack_one\.png"):
         load_dataset(mvtec, "mvtec", "test")
 
 

@@ -151,6 +151,13 @@ READ = [
     ("nut/train/good 5; nut/test/good/img 1; nut/test/ungood/img 2; !nut/test/ungood/label 2", "5 1+2 2"),
     ("good 5; scratch 1; !scratch_masks 1; dent 1; !dent_masks 1", "4 1+2 2"),
     ("good 5; bad/1/image.png 1; !bad/1/mask.png 1; bad/2/image.png 1; !bad/2/mask.png 1", "4 1+2 2"),
+    ("nut/train/good 5; nut/test/dent 2; !nut/ground_truth/Dent/#_mask.png 2", "5 0+2 2"),
+    ("nut/train/good 5; nut/test/Dent 2; !nut/ground_truth/dent_masks 2", "5 0+2 2"),
+    ("nut/train/good 5; nut/test/left 2; nut/test/right 2; !nut/ground_truth/left 2", "5 0+4 2"),
+    ("nut/train/good 5; nut/test/dent 2; nut/test/good 2; !nut/ground_truth/good 2", "5 2+2"),
+    ("nut/train/good 5; nut/test/dent 2; !nut/ground_truth 9", "5 0+2 2"),
+    ("train/good 5; test/crack 2; !masks/test/crack 2", "5 0+2 2"),
+    ("images/train/good 5; images/test/bad 2; !masks/test/bad 2", "5 0+2 2"),
     # Plain
     ("#.png 5", "5"),
     ("photos 5", "5"),
@@ -187,10 +194,16 @@ REFUSED = [
     ("good/#.png 5; good/#_depth.png 5", "good/0_depth.png lies among good images"),
     ("#.png 5; dent_#.png 1", "dent_0.png lies among good images"),
     ("train/good/#.png 5; train/good/crack1.png 1; test/good 2; test/bad 2", "good/crack1.png lies among good images"),
-    ("nut/train/good/#.png 5; nut/train/good/crack_#.png 1; nut/test/bad 2", "good/crack_0.png lies among good images"),
+    (
+        "nut/train/good/#.png 5; nut/train/good/crack_#.png 1; nut/test/bad 2",
+        "good/crack_0.png lies among good images",
+    ),
     ("good 5; good/0.txt = 0 0.5 0.5 0.1 0.1", "the file good/0.txt seems to hold labels"),
     ("good 5; bad 2; good/labels.csv = 0.png,1", "the file good/labels.csv seems to hold labels"),
-    ("nut/train/good 5; nut/test/bad 2; nut/train/good/0.json = {}", "the file nut/train/good/0.json seems to hold labels"),
+    (
+        "nut/train/good 5; nut/test/bad 2; nut/train/good/0.json = {}",
+        "the file nut/train/good/0.json seems to hold labels",
+    ),
     ("g_#.png 5; b_#.png 3", "its files bear the names of several kinds: 3 b, 5 g"),
     ("p#.png 5; n#.png 5", "its files bear the names of several kinds: 5 n, 5 p"),
     ("0_#.png 5; 1_#.png 5", "its files bear the names of several kinds: 5 0, 5 1"),
@@ -268,7 +281,20 @@ REFUSED = [
     ("images 5; labels/3.txt = 0 0.5 0.5 0.1 0.1", "the file labels/3.txt seems to hold labels"),
     ("imgs 5; json/3.json = {}", "the file json/3.json seems to hold labels"),
     ("good 5; bad/monday 2; !masks/tuesday/0.png 1; !masks/friday/0.png 1", "has two masks"),
-    ("good 5; bad 2; !masks/x#.png 2", "None of the 2 defects in .* has a mask of its name"),
+    ("good 5; bad 2; !masks/x#.png 2", "2 of the 2 defects in .* have no mask of their name"),
+    ("good 5; bad 6; !masks/0_mask.png 1; !masks/x#.png 5", "5 of the 6 defects in .* have no mask of their name"),
+    (
+        "nut/train/good 5; nut/test/dent 2; !nut/ground_truth/dents/#_mask.png 2",
+        "2 of the 2 .* have no mask of their name",
+    ),
+    (
+        "nut/train/good 5; nut/test/dent 2; !nut/ground_truth/dent/#_m.png 2",
+        "2 of the 2 defects .* no mask of their name",
+    ),
+    (
+        "nut/train/good 5; nut/test/dent 2; nut/test/left 1; !nut/ground_truth/dent 2; !nut/ground_truth/lft 1",
+        "1 of the 3 defects in .* no mask of their name and kind, such as test/left/0.png, though 1 .*/lft/0.png",
+    ),
 ]
 
 
@@ -280,7 +306,7 @@ def test_what_names_tell_is_read(tmp_path, tree, expected):
 @pytest.mark.parametrize(("tree", "message"), REFUSED, ids=[tree for tree, _ in REFUSED])
 def test_what_is_not_clear_is_refused(tmp_path, tree, message):
     root = plant(tmp_path / "nuts", tree)
-    if "mask of its name" not in message and "two masks" not in message:
+    if "mask of their name" not in message and "two masks" not in message:
         message = (
             f"not clear which images in .* are good: .*{message}.*--good GLOB --bad GLOB --masks GLOB, or --all_good"
         )

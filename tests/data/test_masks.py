@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from rad.data import AnomalyDataset, Sample
-from rad.data.masks import find_mask, resize_mask, upright_size
+from rad.data.listing import images_under
+from rad.data.masks import MaskFinder, resize_mask, upright_size
 
 SIZE = (24, 32)
 TRUTH = np.zeros(SIZE, bool)
@@ -343,6 +344,11 @@ def test_masks_grow_by_nearest_neighbour():
 # Names
 
 
+def find_mask(folder: Path, stem: str) -> Path | None:
+    image = folder.parent / "images" / f"{stem}.png"
+    return MaskFinder(images_under(folder), [image], folder.parent)(image)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -384,7 +390,7 @@ def test_of_several_masks_the_plainest_name_goes_first(tmp_path):
             (tmp_path / "A_mask.png").unlink(missing_ok=True)
         assert find_mask(tmp_path, "a") == tmp_path / name
         (tmp_path / name).unlink()
-    assert find_mask(tmp_path / "none", "a") is None
+    assert find_mask(tmp_path, "a") is None
 
 
 def test_letters_of_either_case_tell_two_images_apart(tmp_path):
