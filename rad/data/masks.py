@@ -150,7 +150,7 @@ def read_mask(
                 "shape."
             )
         try:
-            levels, rules = _levels(mask)
+            levels, rules = _levels(mask, lossy)
             pixels, more = (levels > threshold, ()) if threshold is not None else _defects(levels, lossy)
             if is_cut and not pixels.any():
                 raise ValueError("has 16 bits a colour, of which the upper 8 are read, and these are all 0")
@@ -211,7 +211,7 @@ def _is_lossy(image: Image.Image) -> bool:
     return b"VP8L" not in file.read()  # the chunk of lossless pixels
 
 
-def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+def _levels(image: Image.Image, lossy: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """One channel [H, W], 0 where the image is good, and what it is if not grey."""
     if image.mode in ("1", "L", "F", "I") or image.mode.startswith("I;16"):
         levels = np.asarray(image)
@@ -236,13 +236,28 @@ def _levels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     if (brightest - darkest).max() <= NOISE:
         return brightest, ()
     if brightest.min() <= NOISE:
+        _check_areas(colours, brightest > NOISE, lossy)
         return brightest, ("colours on black are defects",)
     if darkest.max() >= 255 - NOISE:
+        _check_areas(colours, darkest < 255 - NOISE, lossy)
         return 255 - darkest, ("colours on white are defects",)
     codes = colours.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     shown, counts = np.unique(codes, return_counts=True)
     names = [str(tuple(int(shown[i]).to_bytes(3, "big"))) for i in np.argsort(-counts)[:2]]
     raise ValueError(f"has the colours {' and '.join(names)}{' and more' if len(shown) > 2 else ''}, but no black")
+
+
+def _check_areas(colours: np.ndarray, lit: np.ndarray, lossy: bool) -> None:
+    """Raises ValueError if colours [H, W, 3] have no areas of one colour where they are `lit`, as photographs do."""
+    spread = maximum_filter(colours, (3, 3, 1)) - minimum_filter(colours, (3, 3, 1))
+    uneven = lit & (spread.max(-1) > (NOISE if lossy else 0))
+    num_colours = len(np.unique(colours[lit].astype(np.int32) @ np.array([65536, 256, 1])))
+    if lossy:
+        is_photo = uneven.mean() > 0.15
+    else:
+        is_photo = num_colours > 1000 and uneven.sum() > 0.95 * lit.sum()
+    if is_photo:
+        raise ValueError(f"has {num_colours:,} different colours, as a photograph")
 
 
 def _from_palette(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]] | None:
@@ -303,10 +318,16 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
     scale = next((s for s in (1, 255, 65535) if high <= s and (s > 1 or not is_whole)), high)
     middle = scale / 2 if high > scale / 2 else high / 2
     lit = levels > high / 8
-    between = np.count_nonzero(lit & ~solid & (levels < high * 7 / 8))
+    between = np.count_nonzero(lit & ~solid & (levels < (high * 7 / 8 if lossy else high)))
     if len(values) > NUM_KINDS and between > max(0.05 * levels.size, 0.75 * np.count_nonzero(lit)):
         raise ValueError(f"has {len(values)} different values, as a photograph")
-    faint = levels[solid & (levels > (noise if is_noisy else 0)) & (levels <= middle)]
+    faintest = noise if is_noisy else 0
+    faint = levels[solid & (levels > faintest) & (levels <= middle)]
     if faint.size and not lossy:
         return levels > faint.min() / 2, ("greys in solid areas are kinds of defect",)
-    return levels > middle, () if middle == 127.5 else ("values above the middle are defect",)
+    rules = () if middle == 127.5 else ("values above the middle are defect",)
+    if lossy:
+        return levels > middle, rules
+    regions, count = label(levels > faintest, np.ones((3, 3)))  # one that is faint all over is no edge of another
+    is_faint = np.concatenate([[False], maximum(levels, regions, np.arange(1, count + 1)) <= middle])[regions]
+    return (levels > middle) | is_faint, (*rules, *(["faint lines are defects"] if is_faint.any() else []))

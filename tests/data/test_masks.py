@@ -185,6 +185,31 @@ def gradient() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, SIZE).astype(np.uint8))
 
 
+def bottle(background: int) -> Image.Image:
+    """A colour photograph of a round part before a background of one value."""
+    y, x = np.mgrid[:96, :96] - 48
+    rng = np.random.default_rng(0)
+    part = np.array([120, 80, 40]) + 40 * np.sin(x / 9)[..., None] + rng.normal(0, 6, (96, 96, 3))
+    picture = np.where((np.hypot(x, y) < 40)[..., None], part, background)
+    return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("background", [0, 255])
+def test_a_colour_photograph_is_no_mask(tmp_path, background, suffix):
+    with pytest.raises(ValueError, match="different colours, as a photograph"):
+        dataset_of(tmp_path, bottle(background), suffix, (96, 96)).mask(0)
+
+
+def test_a_faint_line_is_a_defect_beside_bright_ones_with_soft_edges(tmp_path):
+    y, x = np.mgrid[:64, :64] - 32
+    mask = (255 * (22 - np.hypot(x, y)).clip(0, 5) / 5).round().astype(np.uint8)  # edges of many greys
+    mask[60, 4:60] = 100
+    found = dataset_of(tmp_path, Image.fromarray(mask), ".png", (64, 64)).read_mask(0)
+    assert found.pixels[60, 4:60].all() and "faint lines are defects" in found.rules
+    assert np.array_equal(found.pixels[:58], mask[:58] > 127)
+
+
 REFUSED: dict[str, tuple[Callable[[], Image.Image], str, str]] = {
     "two values of which none is black": (
         lambda: grey(200, 100),
