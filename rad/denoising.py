@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from .metrics import psnr
 from .pipeline_rad import RADPipeline
 from .scheduler_rad import RADScheduler, antithetic_noise
 
@@ -55,7 +56,7 @@ def measure_denoiser(
     scheduler, unet = pipeline.scheduler, pipeline.unet
     x_0, found = x_0.to(unet.device), []
     for timestep in timesteps or scheduler.steps_of_250(list(RESPACED_STEPS)):
-        psnr, blurred, ratio = [], [], []
+        denoised, blurred, ratio = [], [], []
         for image, category in zip(x_0.split(1), categories, strict=True):
             t = torch.tensor([timestep], device=image.device)
             x_t = scheduler.add_noise(image, antithetic_noise(seed, timestep, 1, image), t)
@@ -64,10 +65,10 @@ def measure_denoiser(
             true_mean, true_log_variance = scheduler.posterior(image, x_t, t)
             squares = true_log_variance.exp() + (mean - true_mean) ** 2
             ratio.append(float((squares * (-log_variance).exp()).mean()))
-            psnr.append(mean_psnr(x0_hat, image))
+            denoised.append(mean_psnr(x0_hat, image))
             blurred.append(blur_psnr(scheduler, image, x_t, timestep))
         best = np.mean(blurred, axis=0).max()  # one blur for all images
-        found.append(DenoiserQuality(timestep, float(np.mean(psnr)), float(best), float(np.mean(ratio))))
+        found.append(DenoiserQuality(timestep, float(np.mean(denoised)), float(best), float(np.mean(ratio))))
     return found
 
 
@@ -104,4 +105,5 @@ def verdict(found: Sequence[DenoiserQuality]) -> str:
 
 def mean_psnr(found: torch.Tensor, target: torch.Tensor) -> float:
     """Of images [B, 3, S, S] in [-1, 1], in dB, mean over them."""
-    return float((10 * torch.log10(4 / (found - target).square().flatten(1).mean(1))).mean())
+    pairs = zip(found.float().cpu().numpy(), target.float().cpu().numpy(), strict=True)
+    return float(np.mean([psnr(one, other, data_range=2.0) for one, other in pairs]))

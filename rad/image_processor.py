@@ -109,7 +109,7 @@ def find_pixel_range(
         return check_pixel_range(pixel_range), darkest
     if not deep:
         return FULL_SCALE, 0
-    white, advice = white_of(deep[-1]), "give images of one kind, or the pixel_range of all"
+    white, advice = white_of(deep[-1]), "give images of one kind"
     if len(deep) < len(peaks) and white not in (255, 65535):
         raise ValueError(
             f"{len(peaks) - len(deep)} images have 8-bit pixels and {len(deep)} have 16-bit ones with values up to "

@@ -32,6 +32,7 @@ from .scheduler_rad import RADScheduler
 
 EMBEDDED_DIR = Path(__file__).parent / "pretrained"
 EMBEDDED_MODELS = ("synthetic", "mtd")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the U-Net
 COMPONENTS = {
     "unet": RADUNet2DModel,
     "scheduler": RADScheduler,
@@ -116,8 +117,8 @@ class RADLoaderMixin(DiffusionPipeline):
         dtypes = [value for value in args if isinstance(value, torch.dtype)]
         if (named := kwargs.pop("dtype", None)) is not None:
             dtypes.append(named)
-        if len(dtypes) > 1 or not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
-            raise ValueError(f"dtype must be one type of torch's, such as torch.bfloat16, got {dtypes}.")
+        if len(dtypes) > 1 or not all(dtype in DTYPES for dtype in dtypes):
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {', '.join(map(str, dtypes))}.")
         super().to(*(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
         if dtypes:
             torch.nn.Module.to(self.unet, dtypes[0])  # diffusers' own warns of modules kept in float32, which are none

@@ -395,7 +395,10 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         peaks = torch.zeros(len(names), dtype=torch.int64)
         peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
         shared = [value - 1 if value else None for value in reduce(peaks).tolist()]
-        pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
+        try:
+            pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
+        except ValueError as error:
+            raise ValueError(f"{error} Or say by pixel_range what their numbers mean.") from error
         darkest = config.get("darkest_peak", darkest)  # given where the images are no longer of 16 bits
         normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
         processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)

@@ -11,6 +11,7 @@ from .image_processor import paste, to_pil
 from .image_reader import PipelineImageInput, decode
 from .models.evidence import FUSED
 from .pipeline_arguments import (
+    as_seed,
     batches,
     check_images,
     check_labels,
@@ -35,9 +36,11 @@ class RADRestorationMixin:
         class_labels: str | int | Sequence[str | int] | None = None,
         keep_normal: bool = True,
         pixel_rate: float = 0.005,
+        seed: int | None = None,
         batch_size: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
+        generator: torch.Generator | None = None,
     ) -> RADRestorationOutput | tuple[Any, ...]:
         """Gradient denoising (RAN, algorithm 1): the gradient of the Mahalanobis distance removes the anomaly, the
         diffusion model removes the gradient's noise. The distance is squared here, so that the worst positions weigh
@@ -56,10 +59,12 @@ class RADRestorationMixin:
             class_labels: As in scoring.
             keep_normal: Leave what the anomaly map calls normal as it was.
             pixel_rate: What it calls so: all below the value that this share of good images' pixels exceeds.
+            seed: Of the noise that tells what is normal, as in scoring; the steps themselves draw none.
             batch_size: Images that are restored together.
             output_type: Of the pictures: "pil"; "np" for float32 [B, H, W, 3] in [0, 1], "pt" for [B, 3, H, W], or a
                 list where sizes differ.
             return_dict: False for a tuple of the output's fields.
+            generator: In the place of `seed`, as in scoring.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
@@ -70,7 +75,7 @@ class RADRestorationMixin:
         )
         check_output_type(output_type)
         (images, batch_size), processor = check_images(image, batch_size), self.image_processor
-        labels = check_labels(class_labels, len(images), self.categories)
+        labels, seed = check_labels(class_labels, len(images), self.categories), as_seed(seed, generator)
 
         restored: list[Image.Image] = []
         intermediates: list[Pictures] = []
@@ -79,7 +84,7 @@ class RADRestorationMixin:
             # 1. Look at it: what is normal stays as it was
             x_0, _ = processor.preprocess(images[batch])
             x_0 = x_0.to(self._execution_device)
-            evidence = self.measure(x_0, labels[batch])
+            evidence = self.measure(x_0, labels[batch], seed=seed)
             numbers = self.normality.labels_of(evidence.categories)
             keep = torch.zeros_like(x_0[:, :1])
             if keep_normal:

@@ -154,6 +154,10 @@ class Survey:
             told += [f"{category}: {_masks_used(counts[category])}." for category in lacking]
         return told + self.notes() + undefined_sentences(self.undefined())
 
+    def all_sentences(self) -> list[str]:
+        """These, and why images or masks cannot be read."""
+        return [*(f"Not measured: {error}" for error in self.errors), *self.sentences()]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"counts": self.counts(), "notes": self.notes(), "undefined": self.undefined()}

@@ -293,6 +293,14 @@ def test_a_tuple_on_request(pipeline, good_images):
     assert pipeline.denoise(good_images[0], return_dict=False)[0] == [20, 201, 401]
 
 
+def test_restoring_takes_a_seed_or_a_generator(pipeline, good_images):
+    seeded = pipeline.restore(good_images[0], num_steps=1, seed=7)
+    drawn = pipeline.restore(good_images[0], num_steps=1, generator=torch.Generator().manual_seed(7))
+    assert np.array_equal(pixels_of(seeded.images), pixels_of(drawn.images))
+    with pytest.raises(ValueError, match="a seed or a generator, not both"):
+        pipeline.restore(good_images[0], num_steps=1, seed=7, generator=torch.Generator())
+
+
 @pytest.mark.parametrize("map_size", [None, (32, 48)])
 def test_pictures_on_request(pipeline, good_images, map_size):
     """Heat over each image, and its mask; all else is numbers, and is decided again."""
@@ -370,10 +378,12 @@ def test_only_the_network_is_loaded_in_low_precision(argument):
 
 def test_types_are_refused_in_one_sentence(pipeline):
     twin = copy.deepcopy(pipeline)
-    with pytest.raises(ValueError, match="dtype must be one type of torch's"):
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32, torch.bfloat16, torch.float16, got"):
         twin.to(torch.float16, dtype=torch.float16)
-    with pytest.raises(ValueError, match="dtype must be one type of torch's"):
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32, torch.bfloat16, torch.float16, got"):
         RADPipeline.from_embedded("mtd", torch_dtype="half")
+    with pytest.raises(ValueError, match="got torch.int8"):
+        twin.to(dtype=torch.int8)
     with pytest.raises(ValueError, match="Give dtype or torch_dtype, not both"):
         RADPipeline.from_embedded("mtd", dtype=torch.float16, torch_dtype=torch.float16)
 

@@ -281,7 +281,7 @@ def report(args: argparse.Namespace, facts: dict, results: dict[str, list[dict]]
 
 def main(args: argparse.Namespace) -> dict[str, list[dict]] | None:
     if args.dry_run:
-        print(summarise_folder(args, args.category).to_text())
+        print(summarise_folder(args, args.category, read_masks=True).to_text())
         return None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # of processes whose share is done

@@ -311,7 +311,7 @@ def draw(rows: list[dict]) -> Figure:
 
 def main(args: argparse.Namespace) -> list[dict]:
     if args.dry_run:
-        print(summarise_folder(args, args.category).to_text())
+        print(summarise_folder(args, args.category, read_masks=True).to_text())
         return []
     if "draem" in args.methods and importlib.util.find_spec("anomalib") is None:
         raise ImportError(

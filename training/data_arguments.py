@@ -7,6 +7,7 @@ from typing import Any
 
 from rad.data import DATASET_FORMATS, AnomalyDataset, load_dataset
 from rad.data.summary import DataSummary, summarise
+from rad.truths import survey
 
 
 def add_data_arguments(add: Callable[..., Any], categories: str = "Categories to measure; by default all.") -> None:
@@ -30,8 +31,13 @@ def load_split(args: argparse.Namespace, split: str, categories: list[str] | Non
     return load_dataset(data_folder(args), args.dataset_format, split, categories, **told)
 
 
-def summarise_folder(args: argparse.Namespace, categories: list[str] | None = None) -> DataSummary:
+def summarise_folder(
+    args: argparse.Namespace, categories: list[str] | None = None, read_masks: bool = False
+) -> DataSummary:
     """What the arguments read of the folder that they name.
+
+    Args:
+        read_masks: Also tell what the masks say, which takes a while.
 
     Raises:
         ValueError, FileNotFoundError: What `rad.data.load_dataset` raises, if there are no images for either split.
@@ -45,5 +51,7 @@ def summarise_folder(args: argparse.Namespace, categories: list[str] | None = No
     if not splits:
         raise errors["train"]
     # Not where the folder lies: the summary is published
-    notes = [f"no {s} split: {error}".replace(str(root), root.resolve().name) for s, error in errors.items()]
-    return summarise(splits, root, notes=[note.rstrip(".") for note in notes])
+    notes = [f"No {s} split: {error}".replace(str(root), root.resolve().name) for s, error in errors.items()]
+    if read_masks and "test" in splits:
+        notes += survey(splits["test"], range(len(splits["test"]))).all_sentences()
+    return summarise(splits, root, notes=notes)

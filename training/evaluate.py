@@ -140,10 +140,12 @@ def load_data(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
-def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
+def summarise_data(
+    args: argparse.Namespace, dataset: AnomalyDataset | None = None, read_masks: bool = False
+) -> DataSummary:
     """What is read of the data set that the arguments name; `dataset` is what `load_data` gave, if it was asked."""
     if not args.dataset_name:
-        return summarise_folder(args, args.category)
+        return summarise_folder(args, args.category, read_masks)
     return summarise({"test": dataset or load_data(args)}, name=Path(args.dataset_name).name)
 
 
@@ -310,7 +312,7 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
-        print(summarise_data(args).to_text())
+        print(summarise_data(args, read_masks=True).to_text())
         return {}
     cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state, folder = PartialState(cpu=cpu, timeout=timedelta(days=1)), Path(args.output_dir)

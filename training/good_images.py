@@ -55,16 +55,23 @@ def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[
             return None
 
     with ThreadPoolExecutor() as pool:
-        pixel_range, darkest_peak = find_pixel_range(list(pool.map(peak_of, indices)), args.pixel_range)
+        peaks = list(pool.map(peak_of, indices))
+    try:
+        pixel_range, darkest_peak = find_pixel_range(peaks, args.pixel_range)
+    except ValueError as error:
+        raise ValueError(f"{error} Or say by --pixel_range what their numbers mean.") from error
     if pixel_range != FULL_SCALE and not args.pixel_range:
         logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
     return pixel_range, darkest_peak
 
 
-def summarise_data(args: argparse.Namespace, dataset: AnomalyDataset | None = None) -> DataSummary:
-    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed."""
+def summarise_data(
+    args: argparse.Namespace, dataset: AnomalyDataset | None = None, read_masks: bool = False
+) -> DataSummary:
+    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed, and
+    `read_masks` as in `summarise_folder`."""
     if not args.dataset_name:
-        return summarise_folder(args, args.category)
+        return summarise_folder(args, args.category, read_masks)
     return summarise({"train": dataset or load_good_images(args)}, name=Path(args.dataset_name).name)
 
 

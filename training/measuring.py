@@ -22,7 +22,7 @@ logger = logging.getLogger("rad.train")
 
 
 def survey_test_split(
-    args: argparse.Namespace, check_image: Callable[[ImageInput], Any] | None = None
+    args: argparse.Namespace, check_image: Callable[[ImageInput], Any]
 ) -> tuple[AnomalyDataset, Survey] | None:
     """The test split, if there is one, and what it can be measured by, which is logged; arguments as `survey`."""
     if args.dataset_name:
@@ -33,28 +33,25 @@ def survey_test_split(
         logger.info(f"There is no test split to measure on: {error}")
         return None
     seen = survey(tests, range(len(tests)), check_image)
-    for error in seen.errors:
-        logger.warning(f"Not measured: {error}")
-    for sentence in seen.sentences():
+    for sentence in seen.all_sentences():
         logger.info(sentence)
     return tests, seen
 
 
 def measure_test_split(
-    args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: RADPipeline, tests: AnomalyDataset, seen: Survey
 ) -> tuple[dict[str, float | str], list[ImageInput]]:
     """Metrics of the fused score on the test split, means over categories, and its defective images.
 
     Each process scores its share, the main one gets the metrics; in place of one that no category defines stands why.
-    There are none where there is no such split. Images and masks that cannot be read are named and left out.
+    Images and masks that cannot be read are left out.
+
+    Args:
+        tests, seen: From `survey_test_split`.
 
     Raises:
         OSError: There is no room for the maps in --output_dir, where they are kept meanwhile.
     """
-    found = survey_test_split(args, pipeline.image_processor.resize)
-    if not found:
-        return {}, []
-    tests, seen = found
     defective = [tests[one.index].image for one in seen.seen if one.label]
     reasons = seen.undefined()
     lacking = {

@@ -15,6 +15,8 @@ import shutil
 import signal
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -308,7 +310,7 @@ def train_unet(
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if args.dry_run:
-        print(summarise_data(args).to_text())
+        print(summarise_data(args, read_masks=True).to_text())
         return
     accelerator = create_accelerator(args)
     logging.basicConfig(format="%(message)s")
@@ -330,13 +332,14 @@ def main(args: argparse.Namespace) -> None:
     dataset = load_good_images(args)
     summary = summarise_data(args, dataset)
     logger.info(summary.to_text())
-    if args.evaluate:
-        survey_test_split(args)
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
     pixel_range, darkest_peak = find_range(args, dataset, chosen.tolist())
     processor = RADImageProcessor(args.resolution, pixel_range, darkest_peak)
+    tested = survey_test_split(args, processor.resize) if args.evaluate else None
+    notes = summary.notes + (tested[1].all_sentences() if tested else [])
+    summary = replace(summary, notes=notes, pixel_range=pixel_range)
     decoded = decode_images(args, dataset, sorted(chosen.tolist()), processor, show_progress)
     holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
     train, holdout = dataset.split_holdout(0.0 if args.fit_only else holdout_fraction, args.seed, sorted(decoded))
@@ -356,10 +359,11 @@ def main(args: argparse.Namespace) -> None:
     category = {i: dataset[i].category for i in decoded}
     shown = [(holdout or train)[i] for i in evenly(len(holdout or train), NUM_DENOISED)]
     x_0, _ = processor.preprocess([image[i] for i in shown])
-    denoising = measure_denoiser(pipeline, x_0, [category[i] for i in shown])
-    logger.info(
-        f"Denoising {len(shown)} {'held-out' if holdout else 'of the'} good images:\n{quality_table(denoising)}"
-    )
+    denoising = []
+    if accelerator.is_main_process:
+        denoising = measure_denoiser(pipeline, x_0, [category[i] for i in shown])
+        told = f"Denoising {len(shown)} {'held-out' if holdout else 'of the'} good images:"
+        logger.info(f"{told}\n{quality_table(denoising)}")
     if not args.fit_only:
         pipeline.register_modules(discriminator=None)
     if args.discriminator_steps and not args.fit_only:
@@ -379,6 +383,7 @@ def main(args: argparse.Namespace) -> None:
         "context": args.context,
     }
     start = time.monotonic()
+    warnings.filterwarnings("ignore", message=".* are copies of others")  # told when they were decoded
     pipeline.fit_normality(
         [image[i] for i in train],
         holdout_images=[image[i] for i in holdout] or None,
@@ -402,7 +407,9 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"Saved the pipeline to {output_dir}.")
     metrics, pictured = {}, []
     if args.evaluate:
-        metrics, defective = measure_test_split(args, accelerator, pipeline)
+        defective = []
+        if tested:
+            metrics, defective = measure_test_split(args, accelerator, pipeline, *tested)
         shown = defective or [dataset[i].image for i in holdout or train]
         pictured = [shown[i] for i in evenly(len(shown), 3)]
     if accelerator.is_main_process:

@@ -9,7 +9,7 @@ from .dataset import AnomalyDataset, Sample
 from .doubts import check_pictures
 from .folder import load_folder
 from .hub import load_hub_dataset
-from .listing import IMAGE_SUFFIXES
+from .listing import IMAGE_SUFFIXES, list_files
 from .mtd import load_mtd
 from .mvtec import is_mvtec, load_mvtec, load_mvtec_ad_2, load_mvtec_loco
 from .real_iad import load_real_iad
@@ -82,7 +82,11 @@ def load_dataset(
     if not (good or all_good):
         check_pictures(root, [sample.image for sample in samples])
     if not samples:
-        raise ValueError(f"No images for split {split!r} in {root}; accepted files: {', '.join(IMAGE_SUFFIXES)}.")
+        left_out = "; ".join(f"{reason} ({len(paths):,})" for reason, paths in list_files(root).left_out.items())
+        raise ValueError(
+            f"No images for split {split!r} in {root}{f', where this is left out: {left_out}' if left_out else ''}; "
+            f"accepted files: {', '.join(IMAGE_SUFFIXES)}."
+        )
     return AnomalyDataset(samples)
 
 

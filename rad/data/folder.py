@@ -83,8 +83,8 @@ def load_folder(
         raise ValueError(f"{root} has no category {', '.join(missing)}; it has {', '.join(available)}.")
     if split == "test" and not any(entry.quality == "bad" or entry.split == "test" for entry in entries):
         raise ValueError(
-            f"{root} has no 'test' split: expected the folder good and one for each kind of defect, found "
-            f"{sorted({entry.folders[0] for entry in entries if entry.folders})[:10] or 'no folders'}."
+            f"{root} has no 'test' split: all of its {len(entries)} images are good ones to train on. To measure, put "
+            "bad ones beside them, in a folder bad or one for each kind of defect."
         )
     masks, photos = ([e.path for e in entries if (e.quality == "mask") == is_mask] for is_mask in (True, False))
     find = MaskFinder(masks, photos, root)

@@ -112,8 +112,6 @@ def list_files(root: Path) -> Listing:
         for path in sorted(folder.iterdir()):
             reason = foreign(Path(path.name))
             if path.is_dir():
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    found.skip("folders named like an image, which are searched", path)
                 if reason:
                     inside = path.rglob("*") if path.name.lower() in _THUMBNAILS else [path]
                     for hidden in (each for each in inside if each == path or not each.is_dir()):

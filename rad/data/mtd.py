@@ -26,6 +26,8 @@ def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> lis
         for folder in subfolders(root)
         if folder.name.startswith("MT_")
     }
+    if not images["free"] and images_under(root / "MT_Free"):
+        raise ValueError(f"{root / 'MT_Free'} holds PNG files only, which are masks in MTD's layout: images are .jpg.")
     names_file = root / "train_filenames.txt"
     if names_file.is_file():
         train = set(names_file.read_text().split())

@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rad.data import load_dataset
 from rad.data.doubts import is_binary
 from rad.data.listing import list_files
 from rad.data.roles import is_good, mask_stem, meaning_of
-from rad.data.summary import summarise
+from rad.data.summary import describe, summarise
 from rad.image_reader import decode
 
 
@@ -528,7 +529,7 @@ FOREIGN = {
     "notes.txt": ".txt: no images",
     "a": "files without a suffix",
     "a.CR2": ".cr2: no format that is read (",
-    "x.jpg/b.txt": "folders named like an image, which are searched",
+    "x.jpg/b.txt": ".txt: no images",
     "a.svg": ".svg: no format that is read (",
 }
 
@@ -578,17 +579,47 @@ def test_the_summary_tells_what_was_read_as_what(tmp_path):
     assert summary.sizes == {(8, 8): 7, (10, 6): 1} and summary.pixels == {"8-bit colour": 7, "16-bit grey": 1}
     assert summary.left_out == {
         ".txt: no images": 1,
-        "images of no split or category asked for, or masks of no defect (3 in validation/good)": 3,
+        "images of no split or category asked for, or masks of no defect, in validation/good": 3,
     }
     text, markdown = summary.to_text(), summary.to_markdown()
     assert "5  train, good  train/good" in text and "| 2 | test, dent | `test/dent` |" in markdown
     for line in (
-        "Masks: 1 of 2 defects have one",
+        "Masks: 1 of 2 defects have a file",
         "Size: 8 x 8 pixels in 7 images, 2 sizes in all",
-        "1 .txt: no images",
+        "Range: values up to 58,941, as of 16 bits, in 16-bit pictures.",
+        "Left out: .txt: no images (1)",
     ):
         assert line in text and line in markdown
     assert str(tmp_path) not in text + markdown
+
+
+def test_the_summary_names_what_cannot_be_read_and_what_the_numbers_of_12_bits_mean(tmp_path):
+    root = plant(tmp_path / "nuts", "#.png 2")
+    (root / "torn.png").write_bytes(b"no image")
+    Image.fromarray(np.arange(60, dtype=np.uint16).reshape(6, 10) * 66).save(root / "deep.tif")
+    summary = replace(summarise({"train": load_dataset(root)}, root), pixel_range=(0, 4095), notes=["And this."])
+    told = summary.to_text()
+    assert summary.num_looked_at == 3 and "Unreadable: 1 of the images looked at, such as torn.png." in told
+    assert "Range: values up to 3,894, as of 12 bits, in 16-bit pictures; 0 is black, 4,095 white." in told
+    assert told.endswith("\n  And this.") and "- And this." in summary.to_markdown()
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".tif"])
+def test_pictures_that_pillow_does_not_know_are_described(tmp_path, suffix):
+    path, colours = tmp_path / f"a{suffix}", np.zeros((6, 10, 3), np.float32)
+    if suffix == ".tif":
+        pytest.importorskip("tifffile").imwrite(path, colours, photometric="rgb")
+    else:
+        pytest.importorskip("pillow_heif").from_pillow(Image.new("RGB", (10, 6))).save(path)
+    assert describe(path) == f"10 x 6 pixels, {'float' if suffix == '.tif' else '8-bit'} colour"
+
+
+def test_a_folder_of_pictures_that_need_an_extra_names_it(tmp_path, monkeypatch):
+    for module in ("rad.data.listing", "rad.data"):
+        monkeypatch.setattr(f"{module}.IMAGE_SUFFIXES", (".png",))
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"left out: .heic: need pillow-heif, pip install pillow-heif \(1\)"):
+        load_dataset(tmp_path)
 
 
 def test_the_summary_of_many_images_looks_at_some(tmp_path, monkeypatch):
@@ -607,4 +638,5 @@ def test_a_dry_run_tells_what_is_read_and_stops(tmp_path, script, capsys):
         module.main(module.parse_args(given))
     module.main(module.parse_args([*given, "--good", "odd", "--bad", "weird"]))
     assert "4  train, good" in (told := capsys.readouterr().out) and "2  test, weird" in told
+    assert "0 of 2 defective images have a mask that is used, 2 none." in told
     assert not (tmp_path / "out").exists()
