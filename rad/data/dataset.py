@@ -1,6 +1,7 @@
 """One protocol for every data set: images with a label, a category, a kind of defect and, if there is one, a mask;
 and what the layouts on disk share."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,25 @@ def evenly(count: int, limit: int | None) -> list[int]:
 
 
 def check_masks_found(folder: Path, samples: Sequence[Sample], others: Sequence[Path]) -> None:
-    """Raises ValueError if there are defects without a mask, and masks (`others`) of no image: they belong together,
-    and no name says how."""
+    """Raises ValueError if one mask is that of two defects, if there are defects without a mask and masks of no image
+    (`others`), which belong together though no name says how, or if one of these seems to be part of a mask."""
     defects = [sample for sample in samples if sample.label]
+    of: dict[Path, Path] = {}
+    for sample in defects:
+        for mask in sample.mask if isinstance(sample.mask, tuple) else filter(None, (sample.mask,)):
+            if mask in of:
+                raise ValueError(
+                    f"The mask {mask} bears the name of two defects, {of[mask]} and {sample.image}: keep masks in "
+                    "folders like those of their images."
+                )
+            of[mask] = sample.image
+    stems = {(mask.parent, image.stem) for mask, image in of.items()}
+    for other in others:
+        parts = re.split(r"[-_. ]", other.stem)
+        if any((other.parent, other.stem[: len("_".join(parts[:i]))]) in stems for i in range(1, len(parts))):
+            raise ValueError(
+                f"{other} seems to be one of several masks of an image, of which one is read: unite them in one file."
+            )
     without = [sample for sample in defects if not sample.mask]
     if without and others:
         image, mask = (p.relative_to(folder) if p.is_relative_to(folder) else p for p in (without[0].image, others[0]))

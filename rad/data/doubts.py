@@ -11,13 +11,14 @@ from PIL import Image
 
 from ..image_reader import FORMATS
 from .listing import Listing, foreign, is_companion
-from .roles import Meaning, meaning_of
+from .roles import Meaning, meaning_of, says_no_photo
 
 FLAGS = "--dataset_format folder --good GLOB --bad GLOB --masks GLOB, or --all_good if every image shows a good part"
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".html")
 LABEL_WORDS = r"\b(labels?|class|classes|class ?id|categor(y|ies)|annotations?|shapes|bbox|defects?|target|verdict)\b"
 MAX_CHARACTERS = 2_000_000  # of a file that is searched for the names of images
 MAX_VALUES = 8  # of masks' pixels
+VIEWS = "left right top bottom front back side copy kopie copia edited".split()
 MAX_KINDS = 50  # names of more kinds are taken for names without a system
 
 
@@ -43,40 +44,61 @@ def kinds_of_names(paths: Sequence[Path]) -> dict[str, int]:
 
 
 def classes_of_names(paths: Sequence[Path]) -> dict[str, int]:
-    """How many files bear which letter or sign, or 0 and which 1, in one place of their names: "g_1" and "b_1",
-    "000_0" and "001_1". Left and right are no classes, nor are 0 and 1 behind a name that bears both, as views do."""
-    names = [re.findall(r"^[-+]|[^\W\d_]+|\d+", path.stem.casefold()) for path in paths]
-    lengths = {len(name) for name in names}
-    for place in range(max(lengths) if len(lengths) == 1 else min(1, min(lengths, default=0))):
-        kinds = Counter(name[place] for name in names)
-        if len(kinds) < 2 or min(kinds.values()) < 2:
+    """How many files bear which letter, sign, or number from 0 to 2 in one place of their names, as of classes: "g_1"
+    and "b_1", "000_0" and "001_1". Views are no classes: left and right, what follows a word such as camera or row,
+    and what ends the name of each part in turn ("000_a" and "000_b")."""
+    names = [re.findall(r"^[-+]|[^\W\d_]+|\d+|[-+]$", path.stem.casefold()) for path in paths]
+    shortest = min(map(len, names), default=0)
+    for place in range(shortest + 1):
+        kinds = Counter(name[place] if place < len(name) else "" for name in names)
+        if place == shortest and any(len(name) > shortest + 1 for name in names):
+            break
+        if len(kinds) < 2 or min(kinds.values()) <= len(kinds):
             continue
         before = Counter(tuple(name[:place]) for name in names)
-        are_views = place > 0 and lengths == {place + 1} and set(before.values()) == {2}
-        are_letters = all(re.fullmatch(r"[^\W\d_]|[-+]", kind) for kind in kinds) and set(kinds) != {"l", "r"}
-        if are_letters or (set(kinds) == {"0", "1"} and not are_views):
-            return dict(kinds)
+        ends = all(len(name) <= place + 1 for name in names)
+        words = {meaning_of(name[place - 1]) for name in names if place and name[place - 1].isalpha()}
+        if words == {Meaning()} or (place > 0 and ends and set(before.values()) == {len(kinds)}):
+            continue
+        are_letters = all(re.fullmatch(r"[^\W\d_]|[-+]|", kind) for kind in kinds) and not set(kinds) <= {
+            "l",
+            "r",
+            "m",
+        }
+        if are_letters or set(kinds) in ({"0", "1"}, {"0", "1", "2"}):
+            return {kind or "without a letter": count for kind, count in kinds.items()}
     return {}
 
 
-def named_otherwise(paths: Sequence[Path]) -> list[Path]:
-    """Those of some good images whose own names say a defect, or no photo at all, as others' do not; a single
-    "broken.png" that cannot be opened is just that."""
+def named_otherwise(paths: Sequence[Path], are_good: bool = True) -> list[Path]:
+    """Those of some images of one kind, good or bad, whose own names say another kind as others' do not, or no photo
+    at all: a defect, a heatmap, "unsure", or "0_x" beside "0". A single "broken.png" that cannot be opened is just
+    that."""
 
     def says(path: Path) -> bool:
-        meaning = meaning_of(path.stem)
-        return meaning.quality in ("bad", "both") or meaning.mask or meaning.aside
+        found = meaning_of(path.stem).quality
+        return found in (("bad", "both") if are_good else ("good", "both"))
 
     odd = [path for path in paths if says(path)]
     if len(odd) == 1 and not can_be_opened(odd[0]):
-        return []
-    return odd if len({telling_words(path) for path in paths}) > 1 else []
+        odd = []
+    odd = odd if len({telling_words(path) for path in paths}) > 1 else []
+    stems = {(path.parent, path.stem.casefold()) for path in paths}
+
+    def is_derived(path: Path) -> bool:
+        found = re.fullmatch(r"(.+)[-_. ]([^\W\d_]{2,})|([^\W\d_]{2,})[-_. ](.+)", path.stem.casefold())
+        stem, word = (found[1] or found[4], found[2] or found[3]) if found else ("", "")
+        return (path.parent, stem) in stems and word not in VIEWS
+
+    derived = [path for path in paths if is_derived(path)]
+    return odd or [path for path in paths if says_no_photo(path.stem)] or (derived if len(derived) > 1 else [])
 
 
 def classes_of_folders(folders: Collection[tuple[str, ...]]) -> bool:
     """Whether folders are told apart by a letter, a sign, or a number from 0 on, as classes are: "A1" and "A2", "+"
-    and "-", "00" and "01"."""
-    bare = {tuple(f for f in path if re.fullmatch(r"[^\W\d_]?[-_ .]*\d*|[-+]\d+|\W+", f)) for path in folders}
+    and "-", "00" and "01". Serial numbers, of three digits or more, are none."""
+    is_bare = re.compile(r"[^\W\d_]?[-_ .]*\d{0,2}|\d+|[-+]\d+|\W+").fullmatch
+    bare = {tuple(filter(is_bare, path)) for path in folders}
     letters = {tuple(f for f in path if not f.isdigit()) for path in bare}
     numbers = {int(path[0]) if len(path) == 1 and path[0].isdigit() else None for path in bare}
     return len(letters) > 1 or (len(numbers) > 1 and numbers == set(range(len(numbers))))
@@ -118,6 +140,16 @@ def check_pictures(root: Path, paths: Sequence[Path]) -> None:
             f"{len(binary)} of {len(paths)} pictures are of few values as masks are (such as "
             f"{binary[0].relative_to(root)})",
         )
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a file is too large for a mask of its size: photographs have other values at most pixels."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            is_large = path.stat().st_size > 4096 + 0.25 * image.width * image.height
+            return is_large and (image.format not in ("BMP", "TIFF", "PPM") or has_many_values(path))
+    except Exception:  # what cannot be read is told by who decodes it
+        return False
 
 
 def is_binary(path: Path) -> bool:

@@ -24,6 +24,7 @@ from .doubts import (
     can_be_opened,
     classes_of_folders,
     is_binary,
+    is_photo,
     kinds_of_names,
     label_files,
     named_otherwise,
@@ -95,8 +96,9 @@ def load_folder(
         if entry.split == split
     ]
     if entries and not samples and split == "train":
-        raise ValueError(f"{root} has no good images to train on: all lie in folders of tests.")
-    check_masks_found(root, samples, find.without_image(photos))
+        why = "all lie in folders of tests" if photos else "all are called masks"
+        raise ValueError(f"{root} has no good images to train on: {why}.")
+    check_masks_found(root, samples, find.without_image([e.path for e in entries if e.quality == "bad"]))
     return samples
 
 
@@ -129,10 +131,16 @@ def read_folder(
     if good:
         entries = [e for e in entries if e.path in said or e.quality == "mask" or (not bad and e.quality == "bad")]
     for quality, reason in (("both", "says both good and bad"), ("aside", "says neither good nor bad")):
-        unclear = [e for e in entries if e.quality == quality]
+        unclear = [place(e) for e in entries if e.quality == quality]
+        if quality == "aside" and not good:
+            unclear += [folder for folder in above if meaning_of(folder).aside]
         if unclear:
-            raise refusal(root, f"{place(unclear[0])} {reason}")
+            raise refusal(root, f"{unclear[0]} {reason}")
     entries = same_stem_masks(by_file_names(entries))
+    pictures = [e.path for e in entries if e.quality == "mask" and e.path not in said and is_photo(e.path)]
+    if pictures:
+        shown = pictures[0].relative_to(root)
+        raise refusal(root, f"{len(pictures)} pictures are called masks (such as {shown}), but look like photographs")
 
     # 2. What lies beside them
     photos = [entry for entry in entries if entry.quality != "mask"]
@@ -153,7 +161,21 @@ def read_folder(
     if not good:
         labels = [path for path in label_files(root, listing) if is_below_good(path.relative_to(root))]
         check_names(root, [entry.path for entry in entries if entry.quality == "good"], labels)
-    return [replace(entry, category=name) for entry in entries] if good else with_categories(entries, name)
+        check_names(root, [e.path for e in entries if e.quality == "bad" and e.path not in said], are_good=False)
+        called = {f: meaning_of(f) for e in entries if e.quality == "good" for f in e.folders}
+        called = {folder: word.unknown for folder, word in called.items() if word.quality == "good"}
+        if len(set(called.values())) > 1:
+            folder = next(folder for folder, is_unknown in called.items() if is_unknown)
+            raise refusal(root, f"{folder} says more than good, beside {next(f for f in called if not called[f])}")
+    if good:
+        return [replace(entry, category=name) for entry in entries]
+    entries = with_categories(entries, name)
+    known = {entry.category for entry in entries if entry.quality == "good"}
+    lost = [entry for entry in entries if entry.quality == "bad" and entry.category not in known]
+    if lost:
+        folders = ", ".join(sorted(known)[:5])
+        raise refusal(root, f"{place(lost[0])} is of no category that has good images ({folders})")
+    return entries
 
 
 def named(root: Path, images: list[Path], globs: Sequence[str]) -> list[Path]:
@@ -241,11 +263,12 @@ def beside(entries: list[Entry]) -> list[Entry]:
     """Images that no word tells of are defects if their folder lies beside that of good images."""
     good = [entry for entry in entries if entry.quality == "good"]
     parents = {_until_good(entry) for entry in good if core(entry) or not entry.split}
+    has_splits = all(entry.split for entry in good)  # then what lies in no split lies beside these, not beside good
     found = []
     for entry in entries:
         own = core(entry)
         at = next((i for i in range(len(own)) if own[:i] in parents), None)
-        is_defect = entry.quality is None and at is not None
+        is_defect = entry.quality is None and at is not None and (entry.split is not None or not has_splits)
         found.append(replace(entry, quality="bad", defect=own[at]) if is_defect else entry)
     return found
 
@@ -343,11 +366,12 @@ def check_plain(root: Path, entries: list[Entry], listing: Listing, above: tuple
         raise refusal(root, f"its files bear the names of several kinds: {told}")
 
 
-def check_names(root: Path, good: list[Path], labels: list[Path]) -> None:
-    """Raises ValueError if some good images bear the names of defects, or there are files of labels."""
-    odd = named_otherwise(good)
+def check_names(root: Path, paths: list[Path], labels: Sequence[Path] = (), are_good: bool = True) -> None:
+    """Raises ValueError if some of images that are all good, or all bad, bear other names, or there are labels."""
+    odd = named_otherwise(paths, are_good)
     if odd:
-        raise refusal(root, f"{odd[0].relative_to(root)} lies among good images, but its name says otherwise")
+        kind = "good images" if are_good else "defects"
+        raise refusal(root, f"{odd[0].relative_to(root)} lies among {kind}, but its name says otherwise")
     if labels:
         raise refusal(root, f"the file {labels[0].relative_to(root)} seems to hold labels, which are not read")
 

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from scipy.ndimage import label, maximum, maximum_filter, minimum_filter
 
 from ..image_reader import FORMATS, MAX_SIDE, is_deep_colour, read
-from .roles import Meaning, mask_stem, meaning_of
+from .roles import Meaning, mask_stem, meaning_of, part_name
 
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".hif")
 NUM_KINDS = 31  # a mask of whole numbers up to here holds kinds of defect, not greys
@@ -49,7 +49,8 @@ class MaskFinder:
     """Finds the mask of an image by its name and, where several bear it, by the folders that both lie in.
 
     A mask bears its image's name, alone or as `mask_stem` knows it (`000_mask.png`, `000-GT.tif`, `mask_000.jpg`),
-    whatever the case of letters; one that bears no name ("mask.png") is that of the only image in its folder.
+    whatever the case of letters, with its image's suffix or without words such as "image" or "NG"; one that bears
+    no name ("mask.png") is that of the only image in its folder.
 
     Args:
         masks: Of defects, all there are.
@@ -77,8 +78,10 @@ class MaskFinder:
 
     def candidates(self, image: Path) -> list[Path]:
         """All that may be an image's mask, the best first."""
-        keys = (image.stem, str(image.parent))
-        near = [mask for key in keys for mask in self.by_stem.get(key.casefold(), ())]
+        keys = dict.fromkeys(
+            key.casefold() for key in (image.stem, str(image.parent), image.name, part_name(image.stem))
+        )
+        near = [mask for key in keys for mask in self.by_stem.get(key, ())]
         found = [mask for mask in near if not self._is_of_another(image, mask)]
 
         def rank(mask: Path) -> tuple:
@@ -89,10 +92,16 @@ class MaskFinder:
 
         return sorted(found, key=rank)
 
-    def without_image(self, images: Iterable[Path]) -> list[Path]:
-        """The masks that may be those of none of these images."""
-        found = {mask for image in images for mask in self.candidates(image)}
-        return [mask for mask in self.masks if mask not in found]
+    def without_image(self, defects: Iterable[Path]) -> list[Path]:
+        """The masks that may be those of none of these images, and do not lie where they say that they are of good
+        ones."""
+        found = {mask for image in defects for mask in self.candidates(image)}
+        return [
+            mask
+            for mask in self.masks
+            if mask not in found
+            and not any(meaning_of(part).quality == "good" for part in mask.relative_to(self.root).parts[:-1])
+        ]
 
     def _folders(self, path: Path, is_mask: bool = False) -> list[str]:
         parts = path.relative_to(self.root).parts[:-1]

@@ -114,7 +114,10 @@ def load_categories(
                 mask = (parts or None) if a_folder_each else find(image)
                 mask = None if defect == "good" else mask
                 own.append(Sample(image, category, defect, mask, 0 if a_folder_each else None))
-                others -= set(parts if a_folder_each else find.candidates(image))
+                if defect != "good":
+                    others -= set(parts if a_folder_each else find.candidates(image))
+            if defect == "good":
+                others -= set(masks) - set(truths.get("", []))
         if split == "test":
             check_masks_found(root / category, own, sorted(others))
         samples += own

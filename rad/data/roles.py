@@ -18,7 +18,8 @@ _GOOD = """good goods ok okay pass passed passes normal normals normality health
 _BAD = """bad ng nok nio ko def fail failed failing fails failure failures faulty fault faults defect defects
     defective defectives defected abnormal abnormals abnormality abnormalities anomaly anomalies
     anomalous anomal reject rejects rejected rejection damaged damage damages broken outlier outliers
-    scrap nonconforming unacceptable unhealthy incorrect invalid wrong error errors schlecht schlechte schlechter
+    scrap nonconforming unacceptable inacceptable inaceptable unhealthy incorrect incorrecto incorrectos incorreto
+    inconforme inconformes invalid wrong error errors schlecht schlechte schlechter
     schlechtteil schlechtteile fehler fehlerhaft fehlerhafte defekt defekte ausschuss mangel maengel
     mangelhaft anomalie anomalien mauvais mauvaise mauvaises defaut defauts defectueux defectueuse rebut
     rebuts anormal anormaux malo malos mala malas defecto defectos defectuoso defectuosos defectuosa
@@ -29,7 +30,9 @@ _KINDS = """scratch scratches scratched dent dents dented crack cracks cracked h
     missing bent chip chips chipped burr burrs rust corrosion pit pits pitting bubble bubbles scuff tear
     torn squeezed misprint blowhole fray uneven kratzer riss risse delle beule rayure rayures fissure
     aranazo grieta graffio graffi crepa risco trinca"""
-_NEGATIONS = "no non not without un nicht kein keine keinen ohne sans pas sin senza sem nao"
+_NEGATIONS = """no non not without un nicht kein keine keinen ohne sans pas sin senza sem nao zero
+    never nie niemals isnt
+    wasnt doesnt didnt less weniger"""
 _AFTER = "free frei less libre なし 無し 없음"  # "defect free"
 _TRAIN = """train training trainset fit learn learning traindata trainingsdaten lernen entrainement apprentissage
     entrenamiento addestramento treino treinamento"""
@@ -47,17 +50,23 @@ _ASIDE = """unsure unclear uncertain borderline ignore ignored trash discard dis
     unlabelled unsorted misc todo sort check review maybe doubtful suspect pending old backup backups archive
     reference references template templates screenshot screenshots depth xyz pointcloud heatmap heatmaps
     overlay overlays annotated pred preds prediction predictions visualization visualizations result results
-    output outputs augmented augmentation processed unklar unbekannt alt"""
+    output outputs augmented augmentation processed unklar unbekannt alt false fp fn pseudo missed escape escapes
+    overkill almost nearly semi hardly conditional conditionally bedingt grenz grenzwertig limit rework reworked
+    nacharbeit repaired concession fake calibration calib flatfield darkframe darkframes preview previews crops cropped
+    resized duplicate duplicates blurry blurred empty background backgrounds normalmap normalmaps albedo vis"""
+_WEAK = "check sort old alt todo pending archive limit empty"  # words that mean nothing in the name of a file
 _PLACES = """camera cameras cam cams view views kamera side left right top bottom front back rear batch batches lot
     lots charge los part parts teil teile sample samples set sets session sessions day shift line station
     machine week month year date serial light exposure position pos angle run runs series group section
     folder dir directory tray number nr monday tuesday wednesday thursday friday saturday sunday january
     february march april may june july august september october november december jan feb mar apr jun jul
     aug sep oct nov dec montag dienstag mittwoch donnerstag freitag samstag sonntag tag woche schicht
-    linie lote lotes lotto partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia giorno turno
+    linie latest row rows col cols column columns tile tiles scan scans station nest cavity operator up down inner
+    outer north south east west lote lotes lotto partie piece pieces pieza piezas pezzo pezzi peca pecas jour dia
+    giorno turno
     vue vista links rechts oben unten vorne hinten vorderseite rueckseite ruckseite mai juni juli oktober
     dezember marz maerz januar februar kw sn id ordner canon nikon apple msdcf
-    has is true of the and in at et und de la mit with"""
+    has is true of from the and in at et und de la mit with"""
 _WORDS = {
     **dict.fromkeys(f"{_PLACES} {_IMAGE}".split(), "plain"),
     **dict.fromkeys(_ASIDE.split(), "aside"),
@@ -73,7 +82,9 @@ _WORDS = {
 }
 _ASIAN = {  # written without spaces: found anywhere, the longest first
     "good": "良品 良好 合格 正常 양품 양호 정상 합격 무결함 好 なし 無し 없음",
-    "bad": """不良品 不良 不合格 不正常 非正常 异常 異常 缺陷 瑕疵 次品 废品 廢品 欠陥 不具合 비정상 불량품 불량 이상
+    "bad": """不良品 不良 不合格 不正常 非正常
+        非良品 非合格 未合格 良品でない 미합격 비양품
+        异常 異常 缺陷 瑕疵 次品 废品 廢品 欠陥 不具合 비정상 불량품 불량 이상
         불합격 결함 坏""",
     "kind": "划痕 裂纹 刮痕 傷 キズ 스크래치",
     "not": "没有 沒有 无 無",
@@ -85,6 +96,20 @@ _ASIAN = {  # written without spaces: found anywhere, the longest first
 }
 _ASIAN_WORDS = {word: role for role, words in _ASIAN.items() for word in words.split()}
 _ASIAN_PATTERN = re.compile(f"({'|'.join(sorted(_ASIAN_WORDS, key=len, reverse=True))})")
+
+
+_SPELLINGS = (  # as words are written with separators, and what they say then
+    (r"(?<![^\W_])n[-_. ]?i[-_. ]o(?![^\W\d_])[.]?", "nio"),  # nicht in Ordnung
+    (r"(?<![^\W_])i[.]o(?![^\W\d_])[.]?", "io"),
+    (r"(?<![^\W_])n[-_. /]?io(?![^\W\d_])", "nio"),
+    (r"(?<![^\W_])n[-_. /]?ok(?![^\W\d_])", "nok"),
+    (r"(?<![^\W_])k[.]o(?![^\W\d_])[.]?", "ko"),
+    (r"(?<![^\W_])ab[-_ ]normal", "abnormal"),
+    (r"(normal|dark)[-_ ](maps?|frames?)(?![^\W\d_])", r"\1\2"),
+    (r"(?<![^\W_])free[-_ ](of|from)(?![^\W\d_])", "no"),
+    (r"(?<=[^\W\d_])[-_ ](less|frei|los)(?![^\W_])", r"\1"),
+    (r"^(.+)(=0|[=_ -]false|[-_ .](not|nicht))$", r"not \1"),  # "is_good=0"
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +156,14 @@ def meaning_of(name: str) -> Meaning:
     )
 
 
+def says_no_photo(stem: str) -> bool:
+    """Whether a file's name says that it is no photograph of a part, or of one that nobody has decided on: a mask, a
+    heatmap, "unsure"."""
+    tokens = [token for token in re.findall(r"[^\W\d_]+", _latin(stem)) if token not in _WEAK.split()]
+    meaning = meaning_of("_".join(tokens)) if tokens else Meaning()
+    return meaning.mask or meaning.aside
+
+
 def is_good(label: str) -> bool:
     """Whether a label, as text, is that of good images: a word that means so, 0 or False."""
     return label.lower() in ("0", "0.0", "false") or meaning_of(label).quality == "good"
@@ -146,6 +179,16 @@ def mask_stem(stem: str) -> str | None:
     return None
 
 
+def part_name(stem: str) -> str:
+    """An image's name without the word of a picture or of good or bad that it begins or ends with: "3" of "image_3"
+    and of "3_NG"."""
+    parts = re.split(r"([-_. ])", stem)
+    for word, rest in ((parts[0], parts[2:]), (parts[-1], parts[:-2])):
+        if rest and (_latin(word) in _IMAGE.split() or meaning_of(word).quality):
+            return "".join(rest)
+    return stem
+
+
 def _latin(text: str) -> str:
     """Lower case without accents."""
     text = unicodedata.normalize("NFKD", text.casefold())
@@ -159,9 +202,8 @@ def _is_free(name: str) -> bool:
 def _roles(name: str) -> list[str]:
     """The roles of the words of a name, in order."""
     text = unicodedata.normalize("NFKC", name)
-    text = re.sub(r"\b(n?)[.]?i[.]o\b[.]?", r"\1io", text, flags=re.IGNORECASE)  # (nicht) in Ordnung
-    text = re.sub(r"\bn[-_. /]?(ok|io)\b", lambda found: f"n{found[1].lower()}", text, flags=re.IGNORECASE)
-    text = re.sub(r"^(.+)(=0|[=_ -]false)$", r"not \1", text, flags=re.IGNORECASE)  # "is_good=0"
+    for pattern, meant in _SPELLINGS:
+        text = re.sub(pattern, meant, text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=[a-z]{2})(?=[A-Z]([a-z]|\b|_|\d))", " ", text)
     roles = []
     for part in _ASIAN_PATTERN.split(text):
@@ -184,5 +226,5 @@ def _split(token: str) -> list[str]:
             head = best[start]
             if role and head is not None:
                 options.append([*head, role])
-        best.append(min(options, key=len) if options else None)
+        best.append(min(reversed(options), key=len) if options else None)  # "non ok", not "no nok"
     return best[-1] or ["unknown"]
