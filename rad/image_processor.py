@@ -2,6 +2,7 @@
 matplotlib only."""
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .image_reader import ImageInput, PipelineImageInput, name_of, read, white_of
+from .image_reader import WHITES, ImageInput, PipelineImageInput, name_of, read, white_of
 
 FULL_SCALE = (0, 255)
+GAP = 1.5  # between the brightest pixels of two cameras' pictures, at least
 
 
 class RADImageProcessor:
@@ -25,7 +27,7 @@ class RADImageProcessor:
         pixel_range: The numbers that become black and white, (0, 4095) for 12 bits; None for the full scale of each
             picture's own type, whatever part of it is used.
         darkest_peak: The brightest pixel of the darkest 16-bit picture that the range was found on. A picture that
-            stays below half of it and fits into two bits fewer is taken for one of another range.
+            stays below two thirds of it and fits into two bits fewer is taken for one of another range.
     """
 
     def __init__(self, resolution: int = 256, pixel_range: Sequence[int] | None = None, darkest_peak: int = 0) -> None:
@@ -75,7 +77,7 @@ class RADImageProcessor:
         peak = int(pixels.max()) if isinstance(pixels, np.ndarray) else max(top for _, top in pixels.getextrema())
         if self.pixel_range == FULL_SCALE and white_of(peak) == 65535:
             return own
-        too_dark = own != FULL_SCALE and peak <= high // 4 and peak < self.darkest_peak / 2
+        too_dark = own != FULL_SCALE and peak <= high // 4 and peak < self.darkest_peak / GAP
         if peak > high or too_dark or (own == FULL_SCALE and high > 255):
             raise ValueError(
                 f"{name} has {8 if own == FULL_SCALE else 16}-bit pixels with values up to {peak:,}, but this model "
@@ -115,13 +117,18 @@ def find_pixel_range(
             f"{len(peaks) - len(deep)} images have 8-bit pixels and {len(deep)} have 16-bit ones with values up to "
             f"{deep[-1]:,}: {advice}."
         )
+    # Of two cameras: no picture between them, or many that end at the white of fewer bits
     low = [peak for peak in deep if white > 255 and peak <= white // 4]
     if low:
         number = max(range(1, len(low) + 1), key=lambda n: deep[n] / max(deep[n - 1], 1))
-        if deep[number] > 1.5 * deep[number - 1]:
+        saturated = [
+            white for white, count in Counter(low).items() if white in WHITES and count > max(2, len(deep) / 10)
+        ]
+        number = deep.index(saturated[0]) + low.count(saturated[0]) if saturated else number
+        if deep[number] > GAP * deep[number - 1] or saturated:
             raise ValueError(
-                f"Of {len(deep)} images with 16-bit pixels {number} have values up to {deep[number - 1]:,}, and no "
-                f"other stays below {deep[number]:,}, as if two cameras took them: {advice}."
+                f"Of {len(deep)} images with 16-bit pixels the darkest {number} reach {deep[number - 1]:,}, all "
+                f"others {deep[number]:,} or more, as if two cameras took them: {advice}."
             )
     return (0, white), darkest
 

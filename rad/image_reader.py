@@ -74,7 +74,8 @@ def read(image: ImageInput) -> Image.Image | np.ndarray:
     if callable(getattr(image, "read", None)):
         return _from_file(image, name)
     raise ValueError(
-        f"{type(image).__name__} is not an image: give a PIL image, a file path, a NumPy array or a tensor."
+        f"{type(image).__name__} is not an image: give a PIL image, a file's path, bytes or open file, a NumPy array "
+        "or a tensor."
     )
 
 
@@ -204,7 +205,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image | np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ValueError(
-            f"{name} has the shape {list(array.shape)}, but must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]."
+            f"{name} has the shape {list(array.shape)}, but must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; of "
+            "several images [B, H, W, C]."
         )
     _check_size(array.shape[1], array.shape[0], name)
     kind, bits = array.dtype.kind, 8 * array.dtype.itemsize

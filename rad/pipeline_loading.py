@@ -118,7 +118,9 @@ class RADLoaderMixin(DiffusionPipeline):
         if (named := kwargs.pop("dtype", None)) is not None:
             dtypes.append(named)
         if len(dtypes) > 1 or not all(dtype in DTYPES for dtype in dtypes):
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {', '.join(map(str, dtypes))}.")
+            raise ValueError(
+                f"dtype must be one of {', '.join(map(str, DTYPES))}, got {', '.join(map(repr, dtypes))}."
+            )
         super().to(*(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
         if dtypes:
             torch.nn.Module.to(self.unet, dtypes[0])  # diffusers' own warns of modules kept in float32, which are none

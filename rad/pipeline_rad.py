@@ -398,7 +398,8 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         try:
             pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
         except ValueError as error:
-            raise ValueError(f"{error} Or say by pixel_range what their numbers mean.") from error
+            advice = "" if config.get("pixel_range") is not None else " Or say by pixel_range what their numbers mean."
+            raise ValueError(f"{error}{advice}") from error
         darkest = config.get("darkest_peak", darkest)  # given where the images are no longer of 16 bits
         normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
         processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)

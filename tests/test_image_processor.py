@@ -153,11 +153,13 @@ def test_pictures_of_two_kinds_have_no_range():
     [
         (
             [1000, 4000, 990, 3900],
-            "Of 4 images with 16-bit pixels 2 have values up to 1,000, and no other stays below 3,900",
+            "Of 4 images with 16-bit pixels the darkest 2 reach 1,000, all others 3,900 or more",
         ),
-        ([4095] * 3 + [60000], "3 have values up to 4,095, and no other stays below 60,000"),
-        ([255] * 3 + [1023], "3 have values up to 255"),
-        ([800, 2000, 16000, 15000], "2 have values up to 2,000"),
+        ([4095] * 3 + [60000], "the darkest 3 reach 4,095, all others 60,000"),
+        ([255] * 3 + [1023], "the darkest 3 reach 255"),
+        ([800, 2000, 16000, 15000], "the darkest 2 reach 2,000"),
+        ([1023] * 10 + [1400] * 10, "the darkest 10 reach 1,023, all others 1,400"),
+        ([900] + [1023] * 10 + [1100, 1500, 4000], "the darkest 11 reach 1,023"),
     ],
 )
 def test_pictures_of_two_cameras_have_no_range(peaks, message):

@@ -375,7 +375,7 @@ def test_refuses_modes_with_no_clear_meaning():
 
 @pytest.mark.parametrize("image", [None, 3, [None], [["part.png"]]])
 def test_refuses_what_is_no_image_at_all(image):
-    refuse(image, "is not an image: give a PIL image, a file path, a NumPy array or a tensor")
+    refuse(image, "is not an image: give a PIL image, a file's path, bytes or open file, a NumPy array or a tensor")
 
 
 def test_refuses_an_empty_list():

@@ -59,7 +59,8 @@ def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[
     try:
         pixel_range, darkest_peak = find_pixel_range(peaks, args.pixel_range)
     except ValueError as error:
-        raise ValueError(f"{error} Or say by --pixel_range what their numbers mean.") from error
+        advice = "" if args.pixel_range else " Or say by --pixel_range what their numbers mean."
+        raise ValueError(f"{error}{advice}") from error
     if pixel_range != FULL_SCALE and not args.pixel_range:
         logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
     return pixel_range, darkest_peak

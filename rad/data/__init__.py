@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .btad import load_btad
 from .dataset import AnomalyDataset, Sample
-from .doubts import check_pictures
+from .doubts import check_pictures, named_otherwise, refusal
 from .folder import load_folder
 from .hub import load_hub_dataset
 from .listing import IMAGE_SUFFIXES, list_files
@@ -80,7 +80,11 @@ def load_dataset(
     if split != "test":
         samples = [sample for sample in samples if not sample.label]
     if not (good or all_good):
-        check_pictures(root, [sample.image for sample in samples])
+        images = [sample.image for sample in samples]
+        check_pictures(root, images)
+        odd = named_otherwise([image for image, sample in zip(images, samples, strict=True) if not sample.label])
+        if odd:
+            raise refusal(root, f"{odd[0].relative_to(root)} lies among good images, but its name says otherwise")
     if not samples:
         left_out = "; ".join(f"{reason} ({len(paths):,})" for reason, paths in list_files(root).left_out.items())
         raise ValueError(

@@ -27,6 +27,7 @@ from .roles import Meaning, mask_stem, meaning_of, part_name
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".hif")
 NUM_KINDS = 31  # a mask of whole numbers up to here holds kinds of defect, not greys
 INVERTED_SHARE = 0.5  # masks that cover more may be inverted
+SMALLEST_LINE = 16  # pixels of a faint line of its own
 NOISE = 16  # 8-bit greys that compression may leave in black areas
 
 MaskSource = Path | Image.Image
@@ -335,8 +336,15 @@ def _defects(levels: np.ndarray, lossy: bool) -> tuple[np.ndarray, tuple[str, ..
     if faint.size and not lossy:
         return levels > faint.min() / 2, ("greys in solid areas are kinds of defect",)
     rules = () if middle == 127.5 else ("values above the middle are defect",)
-    if lossy:
+    if lossy:  # areas stay nearly even in it, edges do not
+        even = maximum_filter(levels, 5) - minimum_filter(levels, 5) <= noise / 2
+        areas = levels[even & (levels > 3 * noise) & (levels <= middle)]
+        if areas.size >= SMALLEST_LINE:
+            return levels > np.percentile(areas, 5) / 2, ("greys in solid areas are kinds of defect",)
         return levels > middle, rules
-    regions, count = label(levels > faintest, np.ones((3, 3)))  # one that is faint all over is no edge of another
-    is_faint = np.concatenate([[False], maximum(levels, regions, np.arange(1, count + 1)) <= middle])[regions]
+    regions, count = label(levels > faintest, np.ones((3, 3)))
+    sizes, places = np.bincount(regions.ravel()), np.arange(1, count + 1)
+    # What is faint all over is no edge of another, but may be crumbs of one
+    lines = (maximum(levels, regions, places) <= middle) & (sizes[1:] >= SMALLEST_LINE)
+    is_faint = np.concatenate([[False], lines])[regions]
     return (levels > middle) | is_faint, (*rules, *(["faint lines are defects"] if is_faint.any() else []))

@@ -26,11 +26,21 @@ def load_mtd(root: Path, split: str, categories: list[str] | None = None) -> lis
         for folder in subfolders(root)
         if folder.name.startswith("MT_")
     }
-    if not images["free"] and images_under(root / "MT_Free"):
-        raise ValueError(f"{root / 'MT_Free'} holds PNG files only, which are masks in MTD's layout: images are .jpg.")
+    masks = [
+        p for f in subfolders(root) if f.name.startswith("MT_") for p in images_under(f) if p.suffix.lower() == ".png"
+    ]
+    of_images = {image.with_suffix("") for found in images.values() for image in found}
+    alone = [mask for mask in masks if mask.with_suffix("") not in of_images]
+    if alone:
+        raise ValueError(
+            f"{len(alone)} PNG files in {root}, such as {alone[0].relative_to(root)}, bear the name of no image: in "
+            "MTD's layout PNG files are masks, and images are .jpg."
+        )
     names_file = root / "train_filenames.txt"
     if names_file.is_file():
         train = set(names_file.read_text().split())
+        if not train & {image.name for image in images["free"]}:
+            raise ValueError(f"{names_file} names none of the images in MT_Free: expected file names, one in a line.")
     else:
         train = {image.name for number, image in enumerate(images["free"], start=1) if number % 5}
 

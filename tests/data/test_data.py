@@ -174,7 +174,9 @@ def test_mtd_has_one_category(mtd):
 def test_what_mtd_needs_is_named(mtd):
     for image in (mtd / "MT_Free").glob("*.jpg"):
         image.rename(image.with_suffix(".JPG.png"))
-    with pytest.raises(ValueError, match="MT_Free holds PNG files only, which are masks in MTD's layout"):
+    with pytest.raises(
+        ValueError, match="PNG files .* bear the name of no image: in MTD's layout PNG files are masks"
+    ):
         load_dataset(mtd)
     (mtd / "MT_Free").rename(mtd / "elsewhere")
     with pytest.raises(ValueError, match="not in MTD layout: expected .*MT_Free"):

@@ -185,6 +185,14 @@ def gradient() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, SIZE).astype(np.uint8))
 
 
+@pytest.mark.parametrize(("first", "second"), [(255, 100), (255, 60), (RED, (0, 0, 100))])
+def test_compression_hides_no_darker_kind(tmp_path, first, second):
+    large = np.zeros((64, 64, 3), np.uint8)
+    large[8:24, 8:40], large[40:56, 16:48] = first, second
+    found = dataset_of(tmp_path, Image.fromarray(large), ".jpg", (64, 64), quality=75).mask(0)
+    assert found[9:23, 9:39].all() and found[41:55, 17:47].all() and found.mean() < 0.3
+
+
 def bottle(background: int) -> Image.Image:
     """A colour photograph of a round part before a background of one value."""
     y, x = np.mgrid[:96, :96] - 48
