@@ -251,11 +251,19 @@ class RADScheduler(DDPMScheduler):
         prediction: torch.Tensor,
         variance: torch.Tensor,
         timesteps: Timesteps,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """L_vlb of the training loss in bits, [B]: over the full chain, x0_hat not clamped, the prediction detached
-        so that it trains only v (Nichol and Dhariwal, 2021)."""
+        so that it trains only v (Nichol and Dhariwal, 2021).
+
+        Args:
+            x_0, x_t, prediction, variance, timesteps: As in `kl_score`.
+            where: Pixels that count, bool [B, 1, H, W]; all by default.
+        """
         bits, _ = self.kl_score(x_0, x_t, prediction.detach(), variance, timesteps, respaced=False, clip=False)
-        return bits.flatten(1).mean(1)
+        if where is None:
+            return bits.flatten(1).mean(1)
+        return (bits.mean(1, keepdim=True) * where).flatten(1).sum(1) / where.flatten(1).sum(1).clamp_min(1)
 
 
 def _on_cpu(timesteps: Timesteps) -> np.ndarray:

@@ -71,6 +71,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--rotation_prob", type=fraction, default=0.5, help="Share of images that are rotated.")
     add("--random_flip", action="store_true", help="Flip images at random, both ways.")
     add(
+        "--paste_prob",
+        type=fraction,
+        help="Share of images with a pasted defect to remove with the noise; 0.5, or 0 where the noise is predicted.",
+    )
+    add(
         "--label_dropout",
         type=fraction,
         default=0.1,

@@ -153,7 +153,9 @@ def train_unet(
         random_flip=args.random_flip,
     )
     labels = [categories.index(dataset.samples[i].category) if categories else 0 for i in range(len(dataset))]
-    training_images = TrainingImages(dataset, train, labels, processor, decoded)
+    if args.paste_prob is None:  # a network that predicts noise would have to predict large ones
+        args.paste_prob = 0.0 if scheduler.config.prediction_type == "epsilon" else 0.5
+    training_images = TrainingImages(dataset, train, labels, processor, decoded, args.paste_prob)
     if args.standardise_channels and not args.pretrained_model_name_or_path:
         extractor.fit(chunk.to(device) for chunk in training_images.chunks())
     if pipeline.unet.wiener_filter is not None:

@@ -3,6 +3,7 @@ how many there are, or on whether the run was interrupted."""
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..image_processor import RADImageProcessor, to_input
 from .dataset import AnomalyDataset
+from .pasting import paste_defects
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,29 @@ class Draw:
     Attributes:
         index: Which image.
         size: Side of the square it is cropped to.
-        seed: Of its augmentation, timestep and noise.
+        seed: Of its augmentation, defect, timestep and noise.
     """
 
     index: int
     size: int
     seed: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a batch is made of.
+
+    Attributes:
+        image: A good image [3, S, S], uint8 or float in [0, 1].
+        label: Its class label.
+        draw: What to make of it.
+        other: An image of its class whose texture may be pasted on it, likewise; None for no defect.
+    """
+
+    image: torch.Tensor
+    label: int
+    draw: Draw
+    other: torch.Tensor | None = None
 
 
 class TrainingSampler(Sampler[list[Draw]]):
@@ -95,6 +114,7 @@ class TrainingImages(Dataset):
         processor: Resizes them.
         decoded: Images [3, S, S], uint8 or float in [0, 1], by index of the data set; where it has None, they are
             decoded when asked for.
+        paste_prob: Share of the images that get a defect (RAN: 0).
     """
 
     def __init__(
@@ -104,15 +124,21 @@ class TrainingImages(Dataset):
         labels: list[int],
         processor: RADImageProcessor,
         decoded: dict[int, torch.Tensor | None],
+        paste_prob: float = 0.0,
     ) -> None:
         self.dataset, self.indices, self.labels = dataset, indices, labels
-        self.processor, self.decoded = processor, decoded
+        self.processor, self.decoded, self.paste_prob = processor, decoded, paste_prob
+        self.members: dict[int, list[int]] = defaultdict(list)
+        for position, index in enumerate(indices):
+            self.members[labels[index]].append(position)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int, Draw]:
-        return self._image(draw.index), self.labels[self.indices[draw.index]], draw
+    def __getitem__(self, draw: Draw) -> Item:
+        label, rng = self.labels[self.indices[draw.index]], np.random.default_rng(draw.seed)
+        other = self._image(rng.choice(self.members[label])) if rng.random() < self.paste_prob else None
+        return Item(self._image(draw.index), label, draw, other)
 
     def _image(self, position: int) -> torch.Tensor:
         index = self.indices[position]
@@ -132,7 +158,7 @@ def to_pixels(image: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TrainingCollator:
-    """Makes a batch of `TrainingImages` items: augmented images, noise and timesteps.
+    """Makes a batch of `TrainingImages` items: augmented images, defects, noise and timesteps.
 
     Args:
         max_timestep: t is uniform in 0 .. max_timestep - 1.
@@ -150,14 +176,15 @@ class TrainingCollator:
     rotation_prob: float = 0.0
     random_flip: bool = False
 
-    def __call__(self, items: list[tuple[torch.Tensor, int, Draw]]) -> dict[str, torch.Tensor]:
-        """Returns x_0 and noise [B, 3, size, size] float32, timesteps, indices and, with labels, class_labels [B]."""
-        images, labels, draws = zip(*items, strict=True)
+    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        """Returns x_0 and noise [B, 3, size, size] float32, timesteps, indices and, with labels, class_labels [B]; and
+        where defects are to be pasted, `defective`, x_0 with some."""
+        draws = [item.draw for item in items]
         size = draws[0].size
         generators = [torch.Generator().manual_seed(draw.seed) for draw in draws]
         u = torch.stack([torch.rand(8, generator=g) for g in generators], dim=1)  # [8, B]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators])
-        x_0 = torch.stack([to_input(image) for image in images])
+        x_0 = torch.stack([to_input(item.image) for item in items])
         angles = (u[0] * 2 - 1) * self.rotation * (u[1] < self.rotation_prob)
         flips = torch.where(u[2:4] < 0.5, -1.0, 1.0) if self.random_flip else torch.ones_like(u[2:4])
         batch = {
@@ -166,10 +193,27 @@ class TrainingCollator:
             "timesteps": (u[6] * self.max_timestep).long().clamp_max(self.max_timestep - 1),
             "indices": torch.tensor([draw.index for draw in draws]),
         }
+        if any(item.other is not None for item in items):
+            pairs = zip(batch["x_0"], items, strict=True)
+            batch["defective"] = torch.stack([_with_defect(image, item) for image, item in pairs])
         if self.unknown_label is not None:
             unknown = u[7] < self.label_dropout
-            batch["class_labels"] = torch.where(unknown, self.unknown_label, torch.tensor(labels))
+            labels = torch.tensor([item.label for item in items])
+            batch["class_labels"] = torch.where(unknown, self.unknown_label, labels)
         return batch
+
+
+def _with_defect(image: torch.Tensor, item: Item) -> torch.Tensor:
+    """A cropped image [3, size, size] in [-1, 1], with a defect if its item asks for one."""
+    if item.other is None:
+        return image
+    rng, size = np.random.default_rng([item.draw.seed, 1]), item.draw.size
+    top, left = (int(rng.integers(side - size + 1)) for side in item.other.shape[1:])
+    texture = to_input(item.other[:, top : top + size, left : left + size])
+    good, texture = ((x.permute(1, 2, 0).numpy() + 1) * 127.5 for x in (image, texture))
+    pasted, _ = paste_defects(good, texture, rng)
+    changed = torch.from_numpy((pasted != good).any(2))  # all else stays exactly as it was
+    return torch.where(changed, torch.from_numpy(pasted).permute(2, 0, 1) / 127.5 - 1, image)
 
 
 def crop_and_rotate(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rad.data.batches import Draw, TrainingCollator, TrainingSampler, crop_and_rotate
+from rad.data.batches import Draw, Item, TrainingCollator, TrainingImages, TrainingSampler, crop_and_rotate
 
 SAMPLER = {"num_images": 10, "resolution": 64, "crop_size": 32, "crop_prob": 0.5, "seed": 3}
 
@@ -54,17 +54,19 @@ def test_a_crop_larger_than_the_image_is_refused():
         TrainingSampler(10, 4, 64, 65, 0.5)
 
 
-def items(draws):
+def items(draws, paste_prob=0.0):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return [(images[draw.index], draw.index % 3, draw) for draw in draws]
+    labels = [index % 3 for index in range(20)]
+    found = TrainingImages(None, list(range(20)), labels, None, dict(enumerate(images)), paste_prob)
+    return [found[draw] for draw in draws]
 
 
 def test_an_image_of_a_batch_does_not_depend_on_its_neighbours():
     collate = TrainingCollator(500, unknown_label=3, rotation=5.0, rotation_prob=0.5, random_flip=True)
     draws = [Draw(index, 16, 100 + index) for index in range(6)]
-    together = collate(items(draws))
-    alone = [collate(items([draw])) for draw in draws]
+    together = collate(items(draws, 1.0))
+    alone = [collate(items([draw], 1.0)) for draw in draws]
     for name, values in together.items():
         assert torch.allclose(values.float(), torch.cat([batch[name] for batch in alone]).float(), atol=1e-6), name
 
@@ -85,6 +87,24 @@ def test_the_share_of_unknown_labels_is_the_one_asked_for(share):
     collate = TrainingCollator(50, unknown_label=3, label_dropout=share)
     unknown = collate(items([Draw(i % 20, 1, i) for i in range(1000)]))["class_labels"] == 3
     assert abs(unknown.float().mean() - share) < 0.05 * (0 < share < 1) + 1e-9
+
+
+def test_the_share_of_images_with_a_defect_is_the_one_asked_for():
+    draws = [Draw(i % 20, 16, i) for i in range(300)]
+    batch = TrainingCollator(50)(items(draws, 0.3))
+    changed = (batch["defective"] != batch["x_0"]).any(1)  # [B, H, W]
+    assert 0.2 < changed.flatten(1).any(1).float().mean() < 0.36  # some cannot be seen and are none
+    assert changed.flatten(1).float().mean() < 0.3  # small ones and large ones
+    assert batch["defective"].abs().max() <= 1
+    plain = TrainingCollator(50)(items(draws))
+    assert "defective" not in plain and torch.equal(plain["x_0"], batch["x_0"])
+
+
+def test_a_texture_is_taken_from_the_same_class():
+    found = items([Draw(i % 20, 16, i) for i in range(60)], 1.0)
+    same = {label: [item.image for item in found if item.label == label] for label in range(3)}
+    for item in found:
+        assert any(torch.equal(item.other, image) for image in same[item.label])
 
 
 def test_no_labels_without_categories():
