@@ -4,10 +4,13 @@ import argparse
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from data_arguments import load_split, summarise_folder
+from measuring import survey_test_split
 from tqdm.auto import tqdm
 
 from rad import RADImageProcessor
@@ -18,6 +21,7 @@ from rad.data.summary import DataSummary, summarise
 from rad.image_processor import FULL_SCALE, find_pixel_range
 from rad.image_reader import name_of, peak
 from rad.pipeline_arguments import check_different, fingerprint
+from rad.truths import Survey
 
 logger = logging.getLogger("rad.train")
 
@@ -45,6 +49,55 @@ def load_good_images(args: argparse.Namespace) -> AnomalyDataset:
     return dataset
 
 
+@dataclass(frozen=True)
+class GoodImages:
+    """What a run is made of, read and checked.
+
+    Attributes:
+        dataset: The good images.
+        processor: Knows their size and range.
+        decoded: From `decode_images`.
+        train, holdout: Indices of the images to train on and of those held out.
+        summary: What was read as what.
+        tested: The test split and what it can be measured by, if it is to be measured.
+    """
+
+    dataset: AnomalyDataset
+    processor: RADImageProcessor
+    decoded: dict[int, torch.Tensor | None]
+    train: list[int]
+    holdout: list[int]
+    summary: DataSummary
+    tested: tuple[AnomalyDataset, Survey] | None
+
+
+def read_images(args: argparse.Namespace, dataset: AnomalyDataset, resolution: int, show_progress: bool) -> GoodImages:
+    """Looks at every image of a run before its first step, and says what is read as what.
+
+    Args:
+        dataset: From `load_good_images`.
+        resolution: Of the network.
+
+    Raises:
+        ValueError: Images cannot be read, are of two ranges or of one colour, or are too few.
+    """
+    if args.dataset_name:
+        summary = summarise({"train": dataset}, name=Path(args.dataset_name).name)
+    else:
+        summary = summarise_folder(args, args.category)
+    logger.info(summary.to_text())
+    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples].tolist()
+    pixel_range, darkest_peak = find_range(args, dataset, chosen)
+    processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
+    tested = survey_test_split(args, processor.resize) if args.evaluate else None
+    notes = summary.notes + (tested[1].all_sentences() if tested else [])
+    summary = replace(summary, notes=notes, pixel_range=pixel_range)
+    decoded = decode_images(args, dataset, sorted(chosen), processor, show_progress)
+    fraction = 0.0 if args.fit_only else 0.2 if args.holdout_fraction is None else args.holdout_fraction
+    train, holdout = dataset.split_holdout(fraction, args.seed, sorted(decoded))
+    return GoodImages(dataset, processor, decoded, train, holdout, summary, tested)
+
+
 def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
     """What the numbers in images mean, as `find_pixel_range` says, or as --pixel_range does."""
 
@@ -64,16 +117,6 @@ def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[
     if pixel_range != FULL_SCALE and not args.pixel_range:
         logger.info(f"Pixels of 16-bit images are read as 0 to {pixel_range[1]:,}; --pixel_range would set it.")
     return pixel_range, darkest_peak
-
-
-def summarise_data(
-    args: argparse.Namespace, dataset: AnomalyDataset | None = None, read_masks: bool = False
-) -> DataSummary:
-    """What is read of the data set that the arguments name; `dataset` are its good images, where they are listed, and
-    `read_masks` as in `summarise_folder`."""
-    if not args.dataset_name:
-        return summarise_folder(args, args.category, read_masks)
-    return summarise({"train": dataset or load_good_images(args)}, name=Path(args.dataset_name).name)
 
 
 def decode_images(
@@ -96,7 +139,8 @@ def decode_images(
             pixels, size = processor.resize(dataset[index].image)
         except (ValueError, OSError) as error:
             return error
-        return to_pixels(pixels) if args.cache_images else None, size, fingerprint(pixels)
+        kept = args.cache_images and not args.dry_run
+        return to_pixels(pixels) if kept else None, size, fingerprint(pixels)
 
     with ThreadPoolExecutor() as pool:
         progress = tqdm(pool.map(read, indices), "Decoding images", len(indices), disable=not show_progress)

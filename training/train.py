@@ -16,10 +16,8 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
@@ -34,9 +32,9 @@ from checkpoints import (
 )
 from discriminator import fit_discriminator
 from estimates import Stopwatch, check_space, estimate_time
-from good_images import decode_images, find_range, load_good_images, summarise_data
+from good_images import load_good_images, read_images
 from launching import create_accelerator
-from measuring import measure_test_split, survey_test_split
+from measuring import measure_test_split
 from optimisation import create_average, create_lr_scheduler, create_optimizer
 from publishing import create_repo, push, save_model, write_card
 from torch.utils.data import DataLoader
@@ -312,7 +310,9 @@ def train_unet(
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if args.dry_run:
-        print(summarise_data(args, read_masks=True).to_text())
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logger.setLevel(logging.INFO)
+        read_images(args, load_good_images(args), args.resolution or DEFAULT_RESOLUTION, show_progress=True)
         return
     accelerator = create_accelerator(args)
     logging.basicConfig(format="%(message)s")
@@ -332,19 +332,10 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. Good images: decoded once; a share is kept away from training, for the thresholds
     dataset = load_good_images(args)
-    summary = summarise_data(args, dataset)
-    logger.info(summary.to_text())
     pipeline = initial_pipeline(args, dataset.categories)
     args.resolution = pipeline.config.resolution
-    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.max_train_samples]
-    pixel_range, darkest_peak = find_range(args, dataset, chosen.tolist())
-    processor = RADImageProcessor(args.resolution, pixel_range, darkest_peak)
-    tested = survey_test_split(args, processor.resize) if args.evaluate else None
-    notes = summary.notes + (tested[1].all_sentences() if tested else [])
-    summary = replace(summary, notes=notes, pixel_range=pixel_range)
-    decoded = decode_images(args, dataset, sorted(chosen.tolist()), processor, show_progress)
-    holdout_fraction = 0.2 if args.holdout_fraction is None else args.holdout_fraction
-    train, holdout = dataset.split_holdout(0.0 if args.fit_only else holdout_fraction, args.seed, sorted(decoded))
+    data = read_images(args, dataset, args.resolution, show_progress)
+    processor, decoded, train, holdout = data.processor, data.decoded, data.train, data.holdout
 
     # 2. Training
     pipeline.to(accelerator.device)
@@ -392,8 +383,8 @@ def main(args: argparse.Namespace) -> None:
         categories=[category[i] for i in train],
         holdout_categories=[category[i] for i in holdout] or None,
         accelerator=accelerator,
-        pixel_range=pixel_range,
-        darkest_peak=darkest_peak,
+        pixel_range=processor.pixel_range,
+        darkest_peak=processor.darkest_peak,
         **{name: value for name, value in fusion.items() if value is not None},
     )
     logger.info(f"Fitted normality in {(time.monotonic() - start) / 60:.1f} minutes.")
@@ -410,12 +401,12 @@ def main(args: argparse.Namespace) -> None:
     metrics, pictured = {}, []
     if args.evaluate:
         defective = []
-        if tested:
-            metrics, defective = measure_test_split(args, accelerator, pipeline, *tested)
+        if data.tested:
+            metrics, defective = measure_test_split(args, accelerator, pipeline, *data.tested)
         shown = defective or [dataset[i].image for i in holdout or train]
         pictured = [shown[i] for i in evenly(len(shown), 3)]
     if accelerator.is_main_process:
-        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, summary, denoising)
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, data.summary, denoising)
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
     accelerator.end_training()

@@ -629,14 +629,44 @@ def test_the_summary_of_many_images_looks_at_some(tmp_path, monkeypatch):
     assert summary.num_looked_at == 10 and "8 x 8 pixels (of 10 images looked at)" in summary.to_text()
 
 
+def dry_run(script: str, root: Path, *flags: str) -> None:
+    module, folder = importlib.import_module(script), "--train_data_dir" if script == "train" else "--data_dir"
+    out = root.parent / "out"
+    try:
+        module.main(module.parse_args([folder, str(root), "--output_dir", str(out), "--dry_run", *flags]))
+    finally:
+        assert not out.exists()
+
+
+def vary(folder: Path, high: int = 256, dtype: type = np.uint8) -> None:
+    """Makes the pictures of a folder different ones."""
+    rng = np.random.default_rng(0)
+    for path in sorted(folder.iterdir()):
+        Image.fromarray(rng.integers(0, high, (8, 8), dtype)).save(path)
+
+
 @pytest.mark.parametrize("script", ["train", "evaluate", "compare", "ablate"])
-def test_a_dry_run_tells_what_is_read_and_stops(tmp_path, script, capsys):
-    root, module = plant(tmp_path / "nuts", "odd 5; weird 2"), importlib.import_module(script)
-    folder = "--train_data_dir" if script == "train" else "--data_dir"
-    given = [folder, str(root), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+def test_a_dry_run_tells_what_is_read_and_stops(tmp_path, script, capsys, caplog):
+    root = plant(tmp_path / "nuts", "odd 15; weird 2")
+    vary(root / "odd")
     with pytest.raises(ValueError, match="not clear which images"):
-        module.main(module.parse_args(given))
-    module.main(module.parse_args([*given, "--good", "odd", "--bad", "weird"]))
-    assert "4  train, good" in (told := capsys.readouterr().out) and "2  test, weird" in told
+        dry_run(script, root)
+    with caplog.at_level("INFO"):
+        dry_run(script, root, "--good", "odd", "--bad", "weird")
+    told = capsys.readouterr().out + caplog.text  # where the program logs to standard output
+    assert "12  train, good" in told and "2  test, weird" in told
     assert "0 of 2 defective images have a mask that is used, 2 none." in told
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_training_checks_what_training_does(tmp_path, caplog):
+    root = plant(tmp_path / "nuts", "good 15; bad 2")
+    with pytest.raises(ValueError, match="has 12 good images, 11 of which are copies of others"):
+        dry_run("train", root)
+    vary(root / "good")
+    with pytest.raises(ValueError, match="has 4 good images to train on; it needs at least 10"):
+        dry_run("train", root, "--max_train_samples", "4")
+    vary(root / "good", 4096, np.uint16)
+    with caplog.at_level("INFO"):
+        dry_run("train", root)
+    assert "Pixels of 16-bit images are read as 0 to 4,095" in caplog.text
+    assert "Not measured: 1.png has 8-bit pixels with values up to 249, but this model knows" in caplog.text
