@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -257,6 +258,17 @@ def check_categories(
             raise ValueError(f"Each of {kind}categories must be a name, got {wrong[0]!r}.")
         names += (str(name) for name in several)
     return names
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises TypeError, as Python does, for arguments of `fit_normality` that neither it nor `NormalityModel` has."""
+    accepted = list(inspect.signature(NormalityModel).parameters)
+    for name in config:
+        if name not in accepted:
+            raise TypeError(
+                f"fit_normality() got an unexpected keyword argument {name!r}; of NormalityModel's it takes "
+                f"{', '.join(accepted)}."
+            )
 
 
 def fingerprint(pixels: np.ndarray) -> int:

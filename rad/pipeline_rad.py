@@ -25,6 +25,7 @@ from .pipeline_arguments import (
     as_seed,
     batches,
     check_categories,
+    check_config,
     check_different,
     check_images,
     check_labels,
@@ -361,10 +362,12 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             Itself.
 
         Raises:
+            TypeError: `NormalityModel` has no such argument.
             ValueError: A bad image or argument, images of several ranges of pixel values or of one colour, or too few
                 different images of a category; the message names it.
         """
         # 0. Check inputs
+        check_config(config)
         (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
         names = check_categories(good, held_out, categories, holdout_categories)
         check_counts(names, len(held_out) or len(good), MIN_GOOD)

@@ -273,6 +273,11 @@ def test_categories_of_a_fit_are_checked(pipeline, good_images, categories, mess
         pipeline.fit_normality(good_images[:4], categories=categories)
 
 
+def test_an_argument_that_nobody_has_is_named(pipeline, good_images):
+    with pytest.raises(TypeError, match=r"fit_normality\(\) got an unexpected keyword argument 'top_n'; .* top_k"):
+        pipeline.fit_normality(good_images[:6], top_n=3)
+
+
 def test_labels_of_all_kinds():
     known = ["nut", "screw"]
     for labels in (["screw", 0], np.array([1, 0]), torch.tensor([1, 0]), (np.int64(1), "nut"), [torch.tensor(1), 0]):

@@ -80,11 +80,11 @@ def load_dataset(
     if split != "test":
         samples = [sample for sample in samples if not sample.label]
     if not (good or all_good):
-        images = [sample.image for sample in samples]
-        check_pictures(root, images)
-        odd = named_otherwise([image for image, sample in zip(images, samples, strict=True) if not sample.label])
-        if odd:
-            raise refusal(root, f"{odd[0].relative_to(root)} lies among good images, but its name says otherwise")
+        check_pictures(root, [sample.image for sample in samples])
+        for label, kind in enumerate(("good images", "defects")):
+            odd = named_otherwise([sample.image for sample in samples if sample.label == label], not label)
+            if odd:
+                raise refusal(root, f"{odd[0].relative_to(root)} lies among {kind}, but its name says otherwise")
     if not samples:
         left_out = "; ".join(f"{reason} ({len(paths):,})" for reason, paths in list_files(root).left_out.items())
         raise ValueError(
