@@ -17,6 +17,8 @@ from .models.evidence import SCORE_TYPES
 from .models.false_alarms import check_rate
 from .models.normality import NormalityModel
 
+RESTORATION_STEPS = {"denoising": 20, "gradient": 150}  # by method, unless they are given
+
 # -- images and numbers -----------------------------------------------------------------------------------------------
 
 
@@ -192,17 +194,27 @@ def check_noise(
 
 
 def check_restoration(
-    normality: NormalityModel | None, num_steps: Any, step_size: Any, denoise_every: Any, anneal: Any, pixel_rate: Any
-) -> tuple[int, float, int, float, float]:
-    """The five numbers; raises ValueError unless images can be moved towards good ones so."""
+    normality: NormalityModel | None,
+    method: Any,
+    num_steps: Any,
+    step_size: Any,
+    denoise_every: Any,
+    anneal: Any,
+    pixel_rate: Any,
+    false_alarm_rate: Any,
+) -> tuple[int, float, int, float, float, float]:
+    """The numbers, the first by default as the method has it; raises ValueError unless images can be restored so."""
     if normality is None:
         raise ValueError("This pipeline has no normality model: call fit_normality(images) first.")
+    if method not in RESTORATION_STEPS:
+        raise ValueError(f"method must be one of {', '.join(RESTORATION_STEPS)}, got {method!r}.")
     return (
-        as_integer(num_steps, "num_steps", 1),
+        RESTORATION_STEPS[method] if num_steps is None else as_integer(num_steps, "num_steps", 1),
         check_rate(step_size, "step_size"),
         as_integer(denoise_every, "denoise_every", 1),
         1.0 if anneal == 1 else check_rate(anneal, "anneal"),
         check_rate(pixel_rate, "pixel_rate"),
+        check_rate(false_alarm_rate),
     )
 
 

@@ -188,11 +188,15 @@ class RADRestorationOutput(BaseOutput):
         intermediates: For each image the input and the image after each step, RGB at the model's resolution.
         distances: For each image the Mahalanobis score before the first and after each step, in units of good-image
             deviation: 0 is a typical good image.
+        p_value: [B] in (0, 1], how often a good image scores as high as the restored one, at the model's resolution.
+        is_anomalous: [B] bool: the restored image still does not pass as good, the restoration has failed.
     """
 
     images: Pictures
     intermediates: list[Pictures]
     distances: list[np.ndarray]
+    p_value: np.ndarray
+    is_anomalous: np.ndarray
 
 
 def find_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[AnomalyRegion]:

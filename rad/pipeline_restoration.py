@@ -1,6 +1,6 @@
-"""Restoration: what a good part in the place of a bad one would look like (RAN, algorithm 1)."""
+"""Restoration: what a good part in the place of a bad one would look like."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,11 @@ from .pipeline_arguments import (
     in_own_mode,
 )
 from .pipeline_output import Pictures, RADRestorationOutput, pictures_as
+from .scheduler_rad import antithetic_noise
+
+NUM_ROUNDS = 3  # of denoising, at most: what still looks odd after one is removed by the next
+NUM_ESTIMATES = 2  # means of what may be below the noise, before anything is sampled
+RESTORED_STEP = 100  # of 250: what is noised so far keeps its layout, and no defect
 
 
 class RADRestorationMixin:
@@ -29,7 +34,7 @@ class RADRestorationMixin:
     def restore(
         self: Any,
         image: PipelineImageInput,
-        num_steps: int = 150,
+        num_steps: int | None = None,
         step_size: float = 0.02,
         denoise_every: int = 5,
         anneal: float = 0.2,
@@ -41,92 +46,194 @@ class RADRestorationMixin:
         output_type: str = "pil",
         return_dict: bool = True,
         generator: torch.Generator | None = None,
+        method: str | None = None,
+        false_alarm_rate: float = 0.01,
     ) -> RADRestorationOutput | tuple[Any, ...]:
-        """Gradient denoising (RAN, algorithm 1): the gradient of the Mahalanobis distance removes the anomaly, the
-        diffusion model removes the gradient's noise. The distance is squared here, so that the worst positions weigh
-        most, and the steps shrink, so that they settle; RAN does neither.
+        """Good images in the place of these; what comes out is inspected again.
 
-        An image's restoration ends when it is as close to normal as a typical good one, at once when there is nothing
-        to change; the others of its batch go on.
+        "denoising" suits networks that have learned to remove defects together with the noise: estimates of the good
+        image, noised and sampled from the diffusion model, of which only what is not normal is taken at every step (as
+        in RePaint, Lugmayr et al., CVPR 2022). While an image still is anomalous, what looks odd in it now is removed
+        too, in up to three rounds.
+
+        "gradient" is RAN's gradient denoising (algorithm 1): the gradient of the Mahalanobis distance removes the
+        anomaly, the diffusion model removes the gradient's noise. The distance is squared here, so that the worst
+        positions weigh most, and the steps shrink, so that they settle; RAN does neither. It ends when an image is as
+        close to normal as a typical good one.
+
+        Where all of an image is normal nothing is changed.
 
         Args:
             image: One image or several, as in scoring.
-            num_steps: Steps at most (RAN: 500).
-            step_size: s; each step scales the image by sqrt(1 - s^2) and moves it by s standardised gradients, so that
-                it is a diffusion step of variance s^2.
-            denoise_every: Denoise after this many steps.
-            anneal: The step size and the timestep of the denoising, RAN's 8 of 250, fall linearly to this fraction.
+            num_steps: Of sampling in a round, by default 20; or of the gradient at most, by default 150 (RAN: 500).
+            step_size: s of the gradient; each step scales the image by sqrt(1 - s^2) and moves it by s standardised
+                gradients, so that it is a diffusion step of variance s^2.
+            denoise_every: Denoise after this many steps of the gradient.
+            anneal: The step size and the timestep of that denoising, RAN's 8 of 250, fall linearly to this fraction.
             class_labels: As in scoring.
             keep_normal: Leave what the anomaly map calls normal as it was.
             pixel_rate: What it calls so: all below the value that this share of good images' pixels exceeds.
-            seed: Of the noise that tells what is normal, as in scoring; the steps themselves draw none.
+            seed: Of the noise that is sampled from, by default that of scoring; the gradient draws none.
             batch_size: Images that are restored together.
             output_type: Of the pictures: "pil"; "np" for float32 [B, H, W, 3] in [0, 1], "pt" for [B, 3, H, W], or a
                 list where sizes differ.
             return_dict: False for a tuple of the output's fields.
             generator: In the place of `seed`, as in scoring.
+            method: "denoising" or "gradient"; by default "denoising" for networks that predict x_0 and "gradient" for
+                those that predict noise.
+            false_alarm_rate: At which what comes out is inspected.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.
         """
         # 0. Check inputs
-        num_steps, step_size, denoise_every, anneal, pixel_rate = check_restoration(
-            self.normality, num_steps, step_size, denoise_every, anneal, pixel_rate
+        if method is None:
+            method = "denoising" if self.scheduler.config.prediction_type == "sample" else "gradient"
+        num_steps, *settings, pixel_rate, false_alarm_rate = check_restoration(
+            self.normality, method, num_steps, step_size, denoise_every, anneal, pixel_rate, false_alarm_rate
         )
         check_output_type(output_type)
         (images, batch_size), processor = check_images(image, batch_size), self.image_processor
-        labels, seed = check_labels(class_labels, len(images), self.categories), as_seed(seed, generator)
+        labels = check_labels(class_labels, len(images), self.categories)
+        seed = self._noise(None, None, as_seed(seed, generator))[2]
 
         restored: list[Image.Image] = []
         intermediates: list[Pictures] = []
         distances: list[np.ndarray] = []
+        p_values: list[np.ndarray] = []
         for batch in batches(len(images), batch_size):
             # 1. Look at it: what is normal stays as it was
             x_0, _ = processor.preprocess(images[batch])
             x_0 = x_0.to(self._execution_device)
-            evidence = self.measure(x_0, labels[batch], seed=seed)
-            numbers = self.normality.labels_of(evidence.categories)
-            keep = torch.zeros_like(x_0[:, :1])
-            if keep_normal:
-                maps, _ = self.normality(evidence, numbers)
-                keep = self.normality.normal_weight(maps[FUSED], pixel_rate, self.config.resolution).to(x_0)
-
-            # 2. Move it towards good images, step by step
-            x, running = x_0.clone(), list(range(len(x_0)))
+            categories, odd, p_value = self._look(x_0, labels[batch], pixel_rate)
+            change = odd if keep_normal else torch.ones_like(odd)
             steps: list[list[torch.Tensor]] = [[one] for one in x_0]
-            found: list[list[float]] = [[] for _ in x_0]
-            with self.progress_bar(total=num_steps) as progress:
-                for step in range(num_steps + 1):
-                    distance, gradient = self._distance_gradient(x[running], [numbers[i] for i in running])
-                    for i, value in zip(running, distance.tolist(), strict=True):
-                        found[i].append(value)
-                    may = [bool(d > 0.0) and bool((keep[i] < 1).any()) for i, d in zip(running, distance, strict=True)]
-                    running = [i for i, go in zip(running, may, strict=True) if go]
-                    if step == num_steps or not running:
-                        break
-                    # A diffusion step whose noise is the gradient, and a denoising step now and then
-                    fraction, free = 1 + (anneal - 1) * step / num_steps, 1 - keep[running]
-                    s, gradient = step_size * fraction, gradient[may] * free
-                    # Standard deviation of a zero-mean gradient, over the pixels that may change
-                    squares, count = gradient.square().sum((1, 2, 3), True), 3 * free.sum((1, 2, 3), True)
-                    moved = (1 - s**2) ** 0.5 * x[running] - s * gradient / (squares / count).clamp_min(1e-24).sqrt()
-                    if (step + 1) % denoise_every == 0:
-                        t = torch.tensor(self.scheduler.steps_of_250([round(8 * fraction)]), device=x.device)
-                        unet_labels = self.unet.labels_of([evidence.categories[i] for i in running])
-                        output = self.unet(moved.to(self.unet.dtype), t, unet_labels)
-                        moved, _, _ = self.scheduler.model_distribution(output.sample, output.variance, moved, t)
-                    x[running] = keep[running] * x_0[running] + free * moved.to(x_0.dtype).clamp(-1, 1)
-                    for i in running:
-                        steps[i].append(x[i].clone())
-                    progress.update()
+
+            # 2. Move it towards good images, step by step, and look again: what is odd then may change too
+            for number in range(NUM_ROUNDS if method == "denoising" else 1):
+                is_bad = p_value <= false_alarm_rate
+                if number:
+                    change[is_bad] = torch.maximum(change, odd)[is_bad]
+                wanted = change.flatten(1).any(1).cpu().numpy() & (is_bad | (number == 0))
+                running = np.flatnonzero(wanted).tolist()
+                if not running:
+                    break
+                given = x_0[running], change[running], [categories[i] for i in running], num_steps
+                if method == "denoising":
+                    moves = self._sample(*given, torch.stack([steps[i][-1] for i in running]), seed + number)
+                else:
+                    moves = self._follow_gradient(*given, *settings)
+                with self.progress_bar(total=num_steps) as progress:
+                    for moved in moves:
+                        for i, one in moved.items():
+                            steps[running[i]].append(one)
+                        progress.update()
+                _, odd, p_value = self._look(torch.stack([one[-1] for one in steps]), categories, pixel_rate)
+            p_values.append(p_value)
 
             # 3. Back to each image's own size
             originals = [decode(one, processor.pixel_range) for one in images[batch]]
-            restored += [paste(*parts) for parts in zip(originals, x, keep, strict=True)]
+            last = [one[-1] for one in steps]
+            restored += [paste(*parts) for parts in zip(originals, last, 1 - change, strict=True)]
             intermediates += [pictures_as(to_pil(torch.stack(one)), output_type) for one in steps]
-            distances += [np.array(one, dtype=np.float32) for one in found]
-        output = RADRestorationOutput(pictures_as(restored, output_type), intermediates, distances)
+            distances += [self._distances(one, name) for one, name in zip(steps, categories, strict=True)]
+        p = np.concatenate(p_values)
+        output = RADRestorationOutput(
+            pictures_as(restored, output_type), intermediates, distances, p, p <= false_alarm_rate
+        )
         return output if return_dict else output.to_tuple()
+
+    # -- the two methods ------------------------------------------------------------------------------------------
+
+    def _sample(
+        self: Any,
+        x_0: torch.Tensor,
+        change: torch.Tensor,
+        categories: Sequence[str],
+        num_steps: int,
+        x: torch.Tensor,
+        seed: int,
+    ) -> Iterator[dict[int, torch.Tensor]]:
+        """Estimates of good images, then samples of the diffusion model from there.
+
+        Args:
+            x_0: The images [B, 3, S, S] in [-1, 1].
+            change: How much each pixel may change, [B, 1, S, S] in [0, 1].
+            categories: Of each.
+            num_steps: In all.
+            x: Where to start, as `x_0`.
+            seed: Of the noise.
+
+        Yields:
+            The images after each step, by position in the batch.
+        """
+        labels, first = self.unet.labels_of(categories), self.scheduler.steps_of_250([RESTORED_STEP])[0]
+
+        def estimate(x_t: torch.Tensor, timestep: int) -> torch.Tensor:
+            """x0_hat where the image may change."""
+            t = torch.full((len(x_t),), timestep, device=x_t.device)
+            output = self.unet(x_t.to(self.unet.dtype), t, labels)
+            _, _, x0_hat = self.scheduler.model_distribution(output.sample, output.variance, x_t, t, respaced=False)
+            return change * x0_hat.to(x_0.dtype) + (1 - change) * x_0
+
+        def draw(timestep: int) -> torch.Tensor:
+            return antithetic_noise(seed, timestep, 2, x_0)
+
+        # 1. The mean of what may be below the noise, twice: the second time what was odd has faded
+        num_samples = num_steps - NUM_ESTIMATES
+        for _ in range(NUM_ESTIMATES if num_samples > 1 else num_steps):
+            noised = [self.scheduler.add_noise(x, noise.expand_as(x), np.array([first])) for noise in draw(first)]
+            x = torch.stack([estimate(x_t, first) for x_t in noised]).mean(0)
+            yield dict(enumerate(x))
+        if num_samples < 2:
+            return
+
+        # 2. Texture, which the mean has not: x_{t-1} is drawn from q(x_{t-1} | x_t, x0_hat), down to t = 0
+        chain = self.scheduler.chain_to(first, num_samples)
+        x_t = self.scheduler.add_noise(x, draw(first)[0].expand_as(x), np.array([first]))
+        for i in reversed(range(len(chain.timesteps))):
+            x = estimate(x_t, int(chain.timesteps[i]))
+            yield dict(enumerate(x))
+            if i > 0:
+                mean = float(chain.posterior_mean_coef_x0[i]) * x + float(chain.posterior_mean_coef_xt[i]) * x_t
+                deviation = float(np.exp(0.5 * chain.posterior_log_variance[i]))
+                x_t = mean + deviation * draw(int(chain.timesteps[i - 1]))[0]
+
+    def _follow_gradient(
+        self: Any,
+        x_0: torch.Tensor,
+        change: torch.Tensor,
+        categories: Sequence[str],
+        num_steps: int,
+        step_size: float,
+        denoise_every: int,
+        anneal: float,
+    ) -> Iterator[dict[int, torch.Tensor]]:
+        """Gradient denoising; arguments as in `_sample` and `restore`.
+
+        Yields:
+            The images after each step, by position in the batch, of those that are not typical good ones yet.
+        """
+        x, numbers, running = x_0.clone(), self.normality.labels_of(categories), list(range(len(x_0)))
+        for step in range(num_steps):
+            distance, gradient = self._distance_gradient(x[running], [numbers[i] for i in running])
+            far = (distance > 0).tolist()
+            running = [i for i, go in zip(running, far, strict=True) if go]
+            if not running:
+                break
+            # A diffusion step whose noise is the gradient, and a denoising step now and then
+            fraction, free = 1 + (anneal - 1) * step / num_steps, change[running]
+            s, gradient = step_size * fraction, gradient[far] * free
+            # Standard deviation of a zero-mean gradient, over the pixels that may change
+            squares, count = gradient.square().sum((1, 2, 3), True), 3 * free.sum((1, 2, 3), True)
+            moved = (1 - s**2) ** 0.5 * x[running] - s * gradient / (squares / count).clamp_min(1e-24).sqrt()
+            if (step + 1) % denoise_every == 0:
+                t = torch.tensor(self.scheduler.steps_of_250([round(8 * fraction)]), device=x.device)
+                labels = self.unet.labels_of([categories[i] for i in running])
+                output = self.unet(moved.to(self.unet.dtype), t, labels)
+                moved, _, _ = self.scheduler.model_distribution(output.sample, output.variance, moved, t)
+            x[running] = (1 - free) * x_0[running] + free * moved.to(x_0.dtype).clamp(-1, 1)
+            yield {i: x[i].clone() for i in running}
 
     def _distance_gradient(self: Any, x: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mahalanobis scores [B] of images [B, 3, S, S], and the gradient of their mean squared distances."""
@@ -135,3 +242,24 @@ class RADRestorationMixin:
             distance = self.normality.distance(self.feature_extractor(x), labels)
             (gradient,) = torch.autograd.grad(distance.square().mean((1, 2)).sum(), x)
         return self.normality.distance_score(distance.detach(), labels), gradient
+
+    # -- looking at what there is ---------------------------------------------------------------------------------
+
+    def _look(
+        self: Any, x: torch.Tensor, labels: Sequence[str | None], pixel_rate: float
+    ) -> tuple[list[str], torch.Tensor, np.ndarray]:
+        """Categories of images [B, 3, S, S], how odd each pixel is [B, 1, S, S], in [0, 1], and p-values [B]."""
+        evidence = self.measure(x, labels)
+        maps, scores = self.normality(evidence, self.normality.labels_of(evidence.categories))
+        normal = self.normality.normal_weight(maps[FUSED], pixel_rate, self.config.resolution).to(x)
+        return evidence.categories, 1 - normal, self.normality.p_value(scores[FUSED].float().cpu()).numpy()
+
+    def _distances(self: Any, steps: list[torch.Tensor], category: str) -> np.ndarray:
+        """Mahalanobis scores, float32 [N], of N pictures [3, S, S] of one category."""
+        labels, found = self.normality.labels_of([category]), []
+        for part in torch.stack(steps).split(8):
+            own = labels * len(part)
+            found.append(
+                self.normality.distance_score(self.normality.distance(self.feature_extractor(part), own), own)
+            )
+        return torch.cat(found).float().cpu().numpy()

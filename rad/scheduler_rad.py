@@ -123,6 +123,11 @@ class RADScheduler(DDPMScheduler):
         last = len(self.respaced_chain.timesteps) - 1
         return list(dict.fromkeys(self.respaced_to_full([round(i * last / 249) for i in indices])))
 
+    def chain_to(self, timestep: int, num_steps: int) -> DiffusionChain:
+        """A chain to sample from, of two or more steps, evenly spaced from 0 to a step of the full chain."""
+        timesteps = np.unique(np.linspace(timestep, 0, num_steps).round().astype(int))
+        return DiffusionChain.from_alphas_cumprod(self.full_chain.alphas_cumprod, timesteps)
+
     @property
     def default_timesteps(self) -> list[int]:
         """Where RAN scores: 5, 50 and 100 of 250, which are 20, 201 and 401 of 1000; on another chain the nearest."""

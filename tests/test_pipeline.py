@@ -379,64 +379,6 @@ def test_fit_normality_refits_on_other_products(small_pipeline_without_normality
         pipeline.fit_normality(good_images[:4], categories=["tile"])
 
 
-def test_restoring_lowers_the_distance_and_keeps_the_rest(pipeline, good_images):
-    pixels = np.array(good_images[0])
-    pixels[20:36, 24:40] = [250, 40, 40]
-    image = Image.fromarray(pixels)
-    restored = pipeline.restore(image, num_steps=10)
-    distances = restored.distances[0]
-    assert restored.images[0].size == image.size
-    assert len(restored.intermediates[0]) == len(distances) <= 11
-    assert distances[-1] < distances[0]
-    after = np.asarray(restored.images[0])
-    assert np.array_equal(after[50:, :10], pixels[50:, :10])  # far from the defect nothing changes
-    assert not np.array_equal(after[20:36, 24:40], pixels[20:36, 24:40])
-
-
-def test_restoration_stops_at_once_on_a_typical_good_image(pipeline, good_images):
-    distances = [pipeline.restore(image, num_steps=2).distances[0] for image in good_images[:6]]
-    assert any(len(d) == 1 and d[0] <= 0 for d in distances)
-
-
-def test_images_are_restored_together_as_each_alone(pipeline, good_images):
-    """Each stops on its own: one that is typical at once, the others later."""
-    typical = next(image for image in good_images if pipeline(image).scores["mahalanobis"][0] <= 0)
-    pixels = np.array(good_images[0])
-    pixels[20:36, 24:40] = [250, 40, 40]
-    images = [Image.fromarray(pixels), typical, Image.fromarray(pixels[::-1]).resize((80, 50))]
-    together = pipeline.restore(images, num_steps=6, batch_size=2)
-    assert [len(distances) for distances in together.distances] == [7, 1, 7]
-    for i, image in enumerate(images):
-        alone = pipeline.restore(image, num_steps=6)
-        np.testing.assert_allclose(together.distances[i], alone.distances[0], rtol=1e-3, atol=1e-3)
-        difference = np.asarray(together.images[i], int) - np.asarray(alone.images[0], int)
-        assert together.images[i].size == image.size and np.abs(difference).max() <= 2
-        assert len(together.intermediates[i]) == len(together.distances[i])
-
-
-def test_more_may_change_where_more_pixels_count_as_odd(pipeline, good_images):
-    image = good_images[0].copy()
-    image.paste((250, 40, 40), (24, 20, 40, 36))
-    few, many = (pipeline.restore(image, num_steps=1, pixel_rate=rate) for rate in (1e-4, 0.9))
-    changed = [(np.asarray(output.images[0]) != np.asarray(image)).mean() for output in (few, many)]
-    assert changed[0] < changed[1]
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        pipeline.restore(image, pixel_rate=0.0)
-
-
-def test_restoration_score_is_the_mahalanobis_image_score(pipeline, good_images):
-    restored = pipeline.restore(good_images[2], num_steps=1)
-    expected = pipeline(good_images[2]).scores["mahalanobis"][0]
-    np.testing.assert_allclose(restored.distances[0][0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_keep_normal_can_be_turned_off(pipeline, good_images):
-    pixels = np.array(good_images[0])
-    pixels[20:36, 24:40] = [250, 40, 40]
-    restored = pipeline.restore(Image.fromarray(pixels), num_steps=3, keep_normal=False)
-    assert not np.array_equal(np.asarray(restored.images[0])[50:, :10], pixels[50:, :10])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

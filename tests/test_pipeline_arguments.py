@@ -293,8 +293,8 @@ def test_a_tuple_on_request(pipeline, good_images):
     output, values = pipeline(good_images[0]), pipeline(good_images[0], return_dict=False)
     assert isinstance(values, tuple) and len(values) == len(output.keys())
     assert np.array_equal(values[0], output.anomaly_map) and np.array_equal(values[1], output.score)
-    images, steps, distances = pipeline.restore(good_images[0], num_steps=1, return_dict=False)
-    assert len(images) == len(steps) == len(distances) == 1
+    found = pipeline.restore(good_images[0], num_steps=1, return_dict=False)
+    assert len(found) == 5 and all(len(values) == 1 for values in found)
     assert pipeline.denoise(good_images[0], return_dict=False)[0] == [20, 201, 401]
 
 
