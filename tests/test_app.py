@@ -176,6 +176,7 @@ def test_restore(client, part):
     restored, result = client.predict(image=handle_file(part), category="gravel", api_name="/restore")
     assert size_of(restored) == (120, 90)
     assert result["distances"][-1] < result["distances"][0] and result["category"] == "gravel"
+    assert 0 < result["p_value"] <= 1 and result["passes"] is (result["p_value"] > 0.01)
 
 
 def test_batch(client, part, tmp_path):

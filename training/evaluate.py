@@ -157,23 +157,29 @@ def false_alarm_rates(args: argparse.Namespace) -> list[float]:
 def restore(
     args: argparse.Namespace, pipeline: RADPipeline, dataset: AnomalyDataset, record: Record
 ) -> dict[str, Any]:
-    """Restores an anomalous image: does it then pass as good, and how much changed outside the true defect?
+    """Restores an anomalous image: does it pass as good, how much changed outside the true defect, and how near is the
+    inside to the image without it, where that is known?
 
     The true mask is dilated by 1/16 of the side, because a defect's edge has no sharp end.
     """
     image = dataset[record.index].image
     known = [] if args.infer_category else pipeline.categories
     label = record.category if record.category in known else None
-    restored = pipeline.restore(image, class_labels=label)
-    # As floats, which mean the same to any model, whatever the numbers in its files
-    again = pipeline(np.asarray(restored.images[0], np.float32) / 255, class_labels=label, false_alarm_rate=0.01)
-    image = decode(image, pipeline.image_processor.pixel_range)
-    mask = resize_mask(record.mask(), image.size[::-1])
-    outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(image.size) // 16)
-    before, after = (np.asarray(x, np.float64) / 255 for x in (image, restored.images[0]))
-    found = {"passed": not again.is_anomalous[0], "steps": len(restored.distances[0]) - 1}
+    restored = pipeline.restore(image, class_labels=label, false_alarm_rate=0.01)
+    pixel_range = pipeline.image_processor.pixel_range
+    before, after = (np.asarray(x, np.float64) / 255 for x in (decode(image, pixel_range), restored.images[0]))
+    mask = resize_mask(record.mask(), before.shape[:2])
+    outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(mask.shape) // 16)
+    found = {
+        "was_found": record.p_values.get("fused", 1.0) <= 0.01,
+        "passed": not restored.is_anomalous[0],
+        "steps": len(restored.distances[0]) - 1,
+    }
     if outside.any():
         found["psnr"] = min(psnr(before, after, mask=outside), 100.0)  # equal pixels count as 100 dB
+    if isinstance(dataset, DrawnDefects):
+        good = np.asarray(decode(dataset.original(record.index), pixel_range), np.float64) / 255
+        found["psnr_inside"] = min(psnr(good, after, mask=mask), 100.0)
     return found
 
 
@@ -291,12 +297,18 @@ def measure(args: argparse.Namespace, found: Found) -> tuple[dict[str, Any], dic
         results["category_accuracy"] = float(np.mean(hits))
     if found.restorations:
         fidelity = [restored["psnr"] for restored in found.restorations if "psnr" in restored]
+        inside = [restored["psnr_inside"] for restored in found.restorations if "psnr_inside" in restored]
+        of_found = [restored["passed"] for restored in found.restorations if restored["was_found"]]
         results["restoration"] = {
             "num_images": len(found.restorations),
+            "num_found": len(of_found),
+            "share_of_found_below_1_percent_threshold": float(np.mean(of_found)) if of_found else None,
             "share_below_1_percent_threshold": float(np.mean([r["passed"] for r in found.restorations])),
             # Where each image is defect all over, none
             "psnr_outside_mask_median_db": float(np.median(fidelity)) if fidelity else None,
             "share_psnr_at_least_35_db": float(np.mean(np.array(fidelity) >= 35)) if fidelity else None,
+            "psnr_inside_mask_median_db": float(np.median(inside)) if inside else None,
+            "share_psnr_inside_at_least_25_db": float(np.mean(np.array(inside) >= 25)) if inside else None,
             "mean_steps": float(np.mean([r["steps"] for r in found.restorations])),
         }
     if found.paper_records:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from ..image_reader import decode, read, white_of
+from ..image_reader import ImageInput, decode, read, white_of
 from .dataset import AnomalyDataset, Sample, evenly
 from .defects import DEFECTS, add_defect
 
@@ -24,6 +24,10 @@ class DrawnDefects(AnomalyDataset):
             image, category = dataset.samples[i].image, dataset.samples[i].category
             samples += [Sample(image, category), Sample(image, category, DEFECTS[position % len(DEFECTS)])]
         super().__init__(samples)
+
+    def original(self, index: int) -> ImageInput:
+        """The good image that an image is, or was before the defect."""
+        return self.dataset[self.picked[index // 2]].image
 
     def __getitem__(self, index: int) -> Sample:
         """The image, and the mask of its defect as an image, drawn when they are asked for."""

@@ -88,13 +88,16 @@ def restore(image: str, model: str, category: str, request: gr.Request) -> tuple
 
     Returns:
         restored: The restored picture, at most 768 pixels wide and high.
-        result: The distance to good parts before the first and after each step, in deviations of good parts.
+        result: The distance to good parts before the first and after each step, in deviations of good parts; how often
+            a good part looks as odd as the restored picture, and whether that passes as good at 1 % of false alarms.
     """
     scored = _score(image, model, category)
     restored = why.restore(scored)
     path = visitors.new_folder(request.session_hash) / "restored.png"
     restored.images[0].save(path)
-    return str(path), {"distances": restored.distances[0].tolist(), "category": scored.category}
+    result = {"distances": restored.distances[0].tolist(), "category": scored.category}
+    result |= {"p_value": float(restored.p_value[0]), "passes": not restored.is_anomalous[0]}
+    return str(path), result
 
 
 @one_sentence

@@ -12,7 +12,7 @@ from . import models, visitors
 from .inspection import Inspection
 from .look import empty, flipbook, flipbook_value, strip
 from .settings import Settings
-from .words import handler
+from .words import handler, odds
 
 LEVELS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6)  # of the respaced chain; RAN scores at the first, the third and the fifth
 MAX_FRAMES = 50
@@ -33,8 +33,9 @@ good ones. A **discriminator** has learned from artificial defects. The verdict 
 standard deviations of good parts: dark is as usual, bright far odder.
 """
 RESTORE_HELP = """
-The gradient of the distance to good parts removes the defect, the diffusion model removes the gradient's noise: play
-it to watch the defect fade and the distance fall.
+Where the picture is odd, the diffusion model puts what good parts have there, with less and less noise; a model
+trained as RAN's follows the gradient of the distance to good parts instead, and removes its noise. Play it: the defect
+fades and the distance falls. What comes out is inspected again.
 """
 NOTHING = "Inspect a picture in the first tab; what the model makes of it appears here."
 
@@ -89,13 +90,20 @@ def level_pages(inspection: Inspection, steps: RADDenoisingOutput) -> list[tuple
     return pages
 
 
-def distance_words(distances: np.ndarray) -> str:
+def restoration_words(restored: RADRestorationOutput, resolution: float) -> str:
+    """What became of one picture; nothing rarer than `resolution` is claimed."""
+    distances, p_value = restored.distances[0], float(restored.p_value[0])
+    often = f"a good part looks as odd {odds(p_value, resolution)}"
     if len(distances) == 1:
-        return "The picture is already as close to good parts as a typical good one: nothing was changed."
-    return (
-        f"Distance to good parts: **{distances[0]:.1f}** before, **{distances[-1]:.1f}** after "
-        f"{len(distances) - 1} steps. 0 is a typical good part; 1 is a standard deviation of good parts."
-    )
+        moved = "Every part of the picture is as good parts are: nothing was changed."
+    else:
+        moved = (
+            f"Distance to good parts: **{distances[0]:.1f}** before, **{distances[-1]:.1f}** after "
+            f"{len(distances) - 1} steps. 0 is a typical good part; 1 is a standard deviation of good parts."
+        )
+    if restored.is_anomalous[0]:
+        return f"{moved} Inspected again it **still does not pass** as good at 1 % of false alarms ({often})."
+    return f"{moved} Inspected again it **passes** as good at 1 % of false alarms ({often})."
 
 
 # -- handlers ---------------------------------------------------------------------------------------------------------
@@ -129,7 +137,8 @@ def on_restore(inspection: Inspection | None, progress: gr.Progress = gr.Progres
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_FRAMES)).round().astype(int))
     pages = [([steps[i]], f"Step {i} of {len(steps) - 1}, distance {distances[i]:.1f}") for i in shown]
     book = flipbook_value(["The part, step by step"], pages, 0, distances[shown], "Distance to good parts")
-    return (inspection, (inspection.view, restored.images[0]), distance_words(distances), book)
+    words = restoration_words(restored, models.normality(inspection.model).p_value_resolution)
+    return (inspection, (inspection.view, restored.images[0]), words, book)
 
 
 def on_restored(done: tuple | None, inspection: Inspection | None) -> tuple | list:

@@ -16,7 +16,7 @@ import pytest
 from conftest import size_of
 from PIL import Image
 
-from rad import RADPipeline
+from rad import RADPipeline, RADRestorationOutput
 from rad.models.false_alarms import check_rate
 from rad.page import batch, catalogue, inspection, look, models, product, visitors, why
 from rad.page.words import describe, handler, odds, percent
@@ -357,7 +357,17 @@ def test_restoration_is_a_flip_book_with_its_curve(inspected):
     assert before.size == after.size == (120, 90)
     assert len(book["pages"]) == len(book["curve"]) <= why.MAX_FRAMES
     assert book["pages"][0]["caption"].startswith("Step 0 of") and book["curve"][-1] < book["curve"][0]
-    assert "Distance to good parts" in words
+    assert "Distance to good parts" in words and "Inspected again it" in words
+
+
+def test_a_failed_restoration_is_called_so():
+    def words(steps, p_value):
+        found = RADRestorationOutput([], [], [np.ones(steps)], np.array([p_value]), np.array([p_value <= 0.01]))
+        return why.restoration_words(found, 0.005)
+
+    assert "still does not pass" in words(21, 0.002) and "less than 1 time in 200" in words(21, 0.002)
+    assert "**passes** as good" in words(21, 0.25) and "1 time in 4" in words(21, 0.25)
+    assert "nothing was changed" in words(1, 0.25)
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------
