@@ -1,4 +1,5 @@
-"""Does the network denoise? What it makes of noised good images, beside the plainest denoiser there is, a blur."""
+"""Does the network denoise? What it makes of noised good images, beside the plainest denoiser there is, a blur; and
+whether its KL tells defects from good pixels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from .data.defects import DEFECTS, add_defect
+from .image_processor import to_pil
 from .metrics import psnr
 from .pipeline_rad import RADPipeline
 from .scheduler_rad import RADScheduler, antithetic_noise
@@ -25,12 +28,16 @@ class DenoiserQuality:
         blur_psnr: Likewise of the best Gaussian blur of x_t / sqrt(abar_t), of its channels or of their mean.
         calibration: Mean of (x_{t-1} - mu_theta)^2 in units of Sigma_theta; where the learned variance is right it is
             1, above it the network is surer than it may be.
+        kl_good: Mean KL on the good images, in bits.
+        kl_defect: Likewise on defects drawn on them; NaN where none can be.
     """
 
     timestep: int
     psnr: float
     blur_psnr: float
     calibration: float
+    kl_good: float
+    kl_defect: float
 
     @property
     def gain(self) -> float:
@@ -54,22 +61,42 @@ def measure_denoiser(
         timesteps: Of the full chain, on the respaced one; by default 5, 25, 50 and 100 of RAN's 250.
     """
     scheduler, unet = pipeline.scheduler, pipeline.unet
-    x_0, found = x_0.to(unet.device), []
+    pairs = [_with_defect(image, number, seed) for number, image in enumerate(x_0)]
+    found = []
     for timestep in timesteps or scheduler.steps_of_250(list(RESPACED_STEPS)):
-        denoised, blurred, ratio = [], [], []
-        for image, category in zip(x_0.split(1), categories, strict=True):
-            t = torch.tensor([timestep], device=image.device)
-            x_t = scheduler.add_noise(image, antithetic_noise(seed, timestep, 1, image), t)
-            output = unet(x_t.to(unet.dtype), t, unet.labels_of([category]))
+        rows, blurred, odd = [], [], []
+        for (pair, mask), category in zip(pairs, categories, strict=True):
+            pair = pair.to(unet.device)
+            image, t = pair[:1], torch.full((len(pair),), timestep, device=pair.device)
+            noise = antithetic_noise(seed, timestep, 1, image).expand_as(pair)
+            x_t = scheduler.add_noise(pair, noise, t)
+            output = unet(x_t.to(unet.dtype), t, unet.labels_of([category] * len(pair)))
             mean, log_variance, x0_hat = scheduler.model_distribution(output.sample, output.variance, x_t, t)
-            true_mean, true_log_variance = scheduler.posterior(image, x_t, t)
+            true_mean, true_log_variance = scheduler.posterior(pair, x_t, t)
             squares = true_log_variance.exp() + (mean - true_mean) ** 2
-            ratio.append(float((squares * (-log_variance).exp()).mean()))
-            denoised.append(mean_psnr(x0_hat, image))
-            blurred.append(blur_psnr(scheduler, image, x_t, timestep))
+            ratio = (squares * (-log_variance).exp())[0].mean()
+            kl = scheduler.kl_score(pair, x_t, output.sample, output.variance, t)[0].mean(1)
+            rows.append([mean_psnr(x0_hat[:1], image), float(ratio), float(kl[0].mean())])
+            odd += [] if mask is None else [float(kl[1].cpu()[mask].mean())]
+            blurred.append(blur_psnr(scheduler, image, x_t[:1], timestep))
         best = np.mean(blurred, axis=0).max()  # one blur for all images
-        found.append(DenoiserQuality(timestep, float(np.mean(denoised)), float(best), float(np.mean(ratio))))
+        denoised, ratio, kl_good = np.mean(rows, axis=0).tolist()
+        kl_defect = float(np.mean(odd)) if odd else float("nan")
+        found.append(DenoiserQuality(timestep, denoised, float(best), ratio, kl_good, kl_defect))
     return found
+
+
+def _with_defect(image: torch.Tensor, number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An image [3, S, S] and the same with a defect, [2, 3, S, S], and the defect's mask, bool [S, S]; the image alone
+    where none can be seen on it."""
+    pixels = np.asarray(to_pil(image[None])[0])
+    try:
+        bad, mask = add_defect(pixels, DEFECTS[number % len(DEFECTS)], 0.5, np.random.default_rng([seed, number]))
+    except ValueError:
+        return image[None], None
+    mask = torch.from_numpy(mask)
+    bad = torch.from_numpy(bad).permute(2, 0, 1).to(image) / 127.5 - 1
+    return torch.stack([image, torch.where(mask.to(image.device), bad, image)]), mask
 
 
 def blur_psnr(scheduler: RADScheduler, x_0: torch.Tensor, x_t: torch.Tensor, timestep: int) -> list[float]:
@@ -83,11 +110,14 @@ def blur_psnr(scheduler: RADScheduler, x_0: torch.Tensor, x_t: torch.Tensor, tim
 def quality_table(found: Sequence[DenoiserQuality]) -> str:
     """The table in Markdown, with the sentence that it asks for below it."""
     lines = [
-        "| timestep | PSNR of x0_hat, dB | best blur, dB | gain, dB | calibration (1 is right) |",
-        "|---|---|---|---|---|",
+        "| timestep | PSNR of x0_hat, dB | best blur, dB | gain, dB | calibration (1 is right) "
+        "| KL on good pixels, bits | KL on drawn defects, bits |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {q.timestep} | {q.psnr:.1f} | {q.blur_psnr:.1f} | {q.gain:+.1f} | {q.calibration:.2f} |" for q in found
+        f"| {q.timestep} | {q.psnr:.1f} | {q.blur_psnr:.1f} | {q.gain:+.1f} | {q.calibration:.2f} "
+        f"| {q.kl_good:.2g} | {q.kl_defect:.2g} |"
+        for q in found
     ]
     return "\n".join([*lines, "", verdict(found)])
 

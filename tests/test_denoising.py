@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from rad.data.defects import DEFECTS, add_defect
 from rad.denoising import BLURS, DenoiserQuality, measure_denoiser, quality_table, verdict
 from rad.image_processor import to_input
 from rad.models.unet_rad import RADUNet2DOutput
@@ -77,10 +78,27 @@ def test_a_network_that_is_too_sure_is_above_1(pipeline, x_0, oracle):
         assert q.calibration == pytest.approx(expected, rel=0.1) and expected > 1.01
 
 
+def test_kl_is_large_on_defects_that_the_network_removes(pipeline, x_0, oracle):
+    """It knows the good image below: KL is 0 there, and on a defect what the difference of the means says."""
+    oracle(0.0)
+    (q,) = measure_denoiser(pipeline, x_0, [None] * 3, [201])
+    assert q.kl_good == pytest.approx(0, abs=1e-6) and q.kl_defect > 1e-3
+    chain, expected = pipeline.scheduler.respaced_chain, []
+    i = list(chain.timesteps).index(201)
+    for number, image in enumerate(x_0):
+        pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+        bad, mask = add_defect(pixels, DEFECTS[number], 0.5, np.random.default_rng([0, number]))
+        moved = chain.posterior_mean_coef_x0[i] * ((bad.astype(float) - pixels) / 127.5)[mask]
+        expected.append((moved**2 / np.exp(chain.posterior_log_variance[i])).mean() / 2 / np.log(2))
+    assert q.kl_defect == pytest.approx(np.mean(expected), rel=0.05)
+
+
 def test_a_network_that_loses_to_a_blur_is_named():
-    found = [DenoiserQuality(20, 35.5, 36.4, 1.0), DenoiserQuality(100, 32.0, 31.1, 1.0)]
+    found = [DenoiserQuality(20, 35.5, 36.4, 1.0, 0.5, 2.25), DenoiserQuality(100, 32.0, 31.1, 1.0, 0.1, 0.4)]
     assert verdict(found).startswith("At t = 20 a blur denoises better than this network does")
-    assert "| 20 | 35.5 | 36.4 | -0.9 | 1.00 |" in quality_table(found) and verdict(found) in quality_table(found)
+    assert "| 20 | 35.5 | 36.4 | -0.9 | 1.00 | 0.5 | 2.2 |" in quality_table(found) and verdict(
+        found
+    ) in quality_table(found)
     assert verdict(found[1:]) == "It denoises better than any blur, by 0.9 dB or more."
 
 
