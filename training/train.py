@@ -374,6 +374,7 @@ def main(args: argparse.Namespace) -> None:
         "weights": args.map_weights and dict(zip(MAP_WEIGHTS, args.map_weights, strict=True)),
         "image_weights": args.image_weights and dict(zip(IMAGE_WEIGHTS, args.image_weights, strict=True)),
         "context": args.context,
+        "gaussian_channels": args.gaussian_channels,
     }
     start = time.monotonic()
     warnings.filterwarnings("ignore", message=".* are copies of others")  # told when they were decoded
