@@ -102,6 +102,8 @@ class RADLoaderMixin(DiffusionPipeline):
             raise ValueError("Give dtype or torch_dtype, not both.")
         dtypes = [dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype for dtype in given]
         pipeline = super().from_pretrained(name, **kwargs)
+        if bad := pipeline._not_finite():
+            raise OSError(f"{name} is refused: {bad} is not finite, its training or its fit has failed.")
         return pipeline.to(dtype=dtypes[0]) if dtypes else pipeline
 
     @torch.inference_mode(False)
@@ -172,6 +174,15 @@ class RADLoaderMixin(DiffusionPipeline):
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
+    def _not_finite(self) -> str | None:
+        """The first weight or statistic that is NaN or infinite."""
+        for component in COMPONENTS:
+            module = getattr(self, component, None)
+            for key, values in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+                if not values.isfinite().all():
+                    return f"{key} of {component}"
+        return None
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -189,9 +200,14 @@ class RADLoaderMixin(DiffusionPipeline):
             save_directory: Created if need be.
             variant: Part of the weights' file names, such as "fp16"; convert the pipeline itself first.
             push_to_hub: Also push to `repo_id`, by default the folder's name; further arguments as in `push_to_hub`.
+
+        Raises:
+            ValueError: Weights or statistics are not finite.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: other weights can run code when they are read.")
+        if bad := self._not_finite():
+            raise ValueError(f"The pipeline is not saved: {bad} is not finite, its training or its fit has failed.")
         folder = Path(save_directory).expanduser()
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         _forget_paths(folder)

@@ -276,6 +276,20 @@ def test_a_twin_can_be_fitted_while_the_pipeline_stays(pipeline, good_images):
         twin.fit_normality(good_images[:6], timesteps=[])
 
 
+@pytest.mark.parametrize("component", ["unet", "normality"])
+def test_what_is_not_finite_is_neither_saved_nor_loaded(pipeline, tmp_path, component):
+    pipeline.save_pretrained(tmp_path / "good")
+    twin = RADPipeline.from_pretrained(tmp_path / "good")
+    name, values = list(getattr(twin, component).state_dict().items())[0]
+    values.view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match=f"is not saved: {name} of {component} is not finite"):
+        twin.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    getattr(twin, component).save_pretrained(tmp_path / "good" / component)
+    with pytest.raises(OSError, match=f"good is refused: {name} of {component} is not finite"):
+        RADPipeline.from_pretrained(tmp_path / "good")
+
+
 def test_short_chains_have_default_timesteps(small_pipeline_without_normality, good_images):
     """RAN's 5, 50 and 100 of 250 stand where they would; also in restoration, whose step is 8 of 250."""
     networks = small_pipeline_without_normality.components

@@ -7,11 +7,12 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from launching import launched
@@ -34,6 +35,29 @@ def room_for(what: str, target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers have their own
         free = shutil.disk_usage(target.parent).free / 1e6
         raise OSError(f"{what} could not be written to {target} ({error}); {free:,.0f} MB are free there.") from error
+
+
+def check_finite(
+    accelerator: Accelerator, values: torch.Tensor | Iterable[torch.Tensor], step: int, folder: Path
+) -> None:
+    """Raises ValueError on all processes if a run has diverged, before anything of it is written.
+
+    Args:
+        values: Losses, a gradient's norm or weights of this process.
+        step: How many steps the optimiser has made or is about to have made.
+        folder: Of the run's checkpoints.
+    """
+    values = [values] if isinstance(values, torch.Tensor) else list(values)
+    finite = torch.stack([value.detach().isfinite().all() for value in values]).all()
+    if accelerator.num_processes > 1:
+        finite = accelerator.reduce((~finite).float(), "sum") == 0
+    if not finite:
+        good = checkpoints_of(folder)
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise ValueError(
+            f"Training diverged at step {step}: losses, gradients or weights are not finite. Nothing of it was saved, "
+            f"{last}. Try a smaller --learning_rate."
+        )
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast, set_seed
 from arguments import FREE_ARGUMENTS, parse_args
 from checkpoints import (
     StopSignal,
+    check_finite,
     check_output_dir,
     checkpoints_of,
     ignore_signals,
@@ -249,7 +250,9 @@ def train_unet(
                     terms = compute_losses(unet, scheduler, batch, features, args.snr_gamma)
                     accelerator.backward(terms[0] + terms[1] + args.feature_loss_weight * terms[2])
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    if accelerator.scaler is None:  # which leaves out steps of infinite gradients
+                        check_finite(accelerator, norm, step + 1, output_dir)
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     lr_scheduler.step()
@@ -264,6 +267,7 @@ def train_unet(
             step += 1
             progress.update()
             if step % args.logging_steps == 0 or step == args.max_train_steps:
+                check_finite(accelerator, losses, step, output_dir)
                 noise, bound, feature = (accelerator.reduce(losses, "mean") / num_logged).tolist()
                 losses, num_logged = torch.zeros_like(losses), 0
                 progress.set_postfix(noise=f"{noise:.4f}", vlb=f"{bound:.3f}", feat=f"{feature:.4f}")
@@ -277,6 +281,7 @@ def train_unet(
                 accelerator.set_trigger()
             stopping = accelerator.check_trigger()
             if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+                check_finite(accelerator, [losses, *unet.parameters()], step, output_dir)
                 save_checkpoint(accelerator, output_dir, step, run, args.checkpoints_total_limit)
             if stopping:
                 progress.close()

@@ -69,6 +69,9 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
             batches: Stages of images, and their masks [B, h, w] at the finest stage, share of each position in [0, 1].
             num_steps: Batches to train on; AdamW's learning rate rises to its peak and falls back in between.
             progress: Called with the loss after each step.
+
+        Raises:
+            ValueError: The loss is no longer finite.
         """
         optimizer = torch.optim.AdamW(self.parameters(), learning_rate, weight_decay=1e-4)
         rise = 0.05 if num_steps > 20 else 0.3  # the scheduler divides by its steps less one
@@ -83,6 +86,8 @@ class RADDiscriminator(ModelMixin, ConfigMixin):
             loss.backward()
             optimizer.step()
             schedule.step()
+            if not loss.isfinite():
+                raise ValueError(f"Training the discriminator diverged (loss {loss.item()}): lower the learning rate.")
             progress(loss.item())
         return self.eval()
 

@@ -297,6 +297,28 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, data_dir, tmp_path, mo
     assert_same_weights(tmp_path, whole)
 
 
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, monkeypatch):
+    calls = []
+
+    def diverging(unet, *args):
+        calls.append(1)
+        return compute_losses(unet, *args) * (float("nan") if len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(train, "compute_losses", diverging)
+    flags = ["--max_train_steps", "9", "--checkpointing_steps", "2", "--logging_steps", "100"]
+    with pytest.raises(ValueError, match="diverged at step 4: .* the last good checkpoint is .*checkpoint-2"):
+        train_on(data_dir, tmp_path, *flags)
+    assert not (tmp_path / "model_index.json").exists()
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_learning_rate_that_is_far_too_large_leaves_no_model(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="Training diverged at step .* there is no checkpoint yet. Try a smaller"):
+        train_on(data_dir, tmp_path, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_train_steps", "20")
+    assert not checkpoints_of(tmp_path) and not (tmp_path / "model_index.json").exists()
+
+
 def test_a_launcher_that_is_stopped_stops_the_run(data_dir, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     flags = ["--max_train_steps", "5000", "--checkpointing_steps", "2", "--dataloader_num_workers", "1"]
