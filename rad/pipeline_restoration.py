@@ -53,15 +53,15 @@ class RADRestorationMixin:
 
         "denoising" suits networks that have learned to remove defects together with the noise: estimates of the good
         image, noised and sampled from the diffusion model, of which only what is not normal is taken at every step (as
-        in RePaint, Lugmayr et al., CVPR 2022). While an image still is anomalous, what looks odd in it now is removed
-        too, in up to three rounds.
+        in RePaint, Lugmayr et al., CVPR 2022). While an image still is anomalous, this is done again, in up to three
+        rounds, with other noise and also where it looks odd now.
 
         "gradient" is RAN's gradient denoising (algorithm 1): the gradient of the Mahalanobis distance removes the
         anomaly, the diffusion model removes the gradient's noise. The distance is squared here, so that the worst
         positions weigh most, and the steps shrink, so that they settle; RAN does neither. It ends when an image is as
         close to normal as a typical good one.
 
-        Where all of an image is normal nothing is changed.
+        Where all of an image is normal nothing is changed; nor is it by what makes it no better.
 
         Args:
             image: One image or several, as in scoring.
@@ -107,34 +107,41 @@ class RADRestorationMixin:
             x_0 = x_0.to(self._execution_device)
             categories, odd, p_value = self._look(x_0, labels[batch], pixel_rate)
             change = odd if keep_normal else torch.ones_like(odd)
+            changed = torch.zeros_like(odd)
             steps: list[list[torch.Tensor]] = [[one] for one in x_0]
 
-            # 2. Move it towards good images, step by step, and look again: what is odd then may change too
+            # 2. Move it towards good images, step by step
             for number in range(NUM_ROUNDS if method == "denoising" else 1):
-                is_bad = p_value <= false_alarm_rate
-                if number:
-                    change[is_bad] = torch.maximum(change, odd)[is_bad]
-                wanted = change.flatten(1).any(1).cpu().numpy() & (is_bad | (number == 0))
+                wanted = change.flatten(1).any(1).cpu().numpy() & ((p_value <= false_alarm_rate) | (number == 0))
                 running = np.flatnonzero(wanted).tolist()
                 if not running:
                     break
-                given = x_0[running], change[running], [categories[i] for i in running], num_steps
+                names, x = [categories[i] for i in running], torch.stack([steps[i][-1] for i in running])
                 if method == "denoising":
-                    moves = self._sample(*given, torch.stack([steps[i][-1] for i in running]), seed + number)
+                    moves = self._sample(x_0[running], change[running], names, num_steps, x, seed + number)
                 else:
-                    moves = self._follow_gradient(*given, *settings)
+                    moves = self._follow_gradient(x_0[running], change[running], names, num_steps, *settings)
+                made: list[list[torch.Tensor]] = [[] for _ in running]
                 with self.progress_bar(total=num_steps) as progress:
                     for moved in moves:
-                        for i, one in moved.items():
-                            steps[running[i]].append(one)
+                        for place, one in moved.items():
+                            made[place].append(one)
                         progress.update()
-                _, odd, p_value = self._look(torch.stack([one[-1] for one in steps]), categories, pixel_rate)
+
+                # 3. Look again: what makes an image no better is not taken, and what is odd now may change too
+                x = torch.stack([[x[place], *own][-1] for place, own in enumerate(made)])
+                _, odd, found = self._look(x, names, pixel_rate)
+                for place, i in enumerate(running):
+                    if method == "gradient" or found[place] > p_value[i]:
+                        steps[i] += made[place]
+                        p_value[i], changed[i] = found[place], change[i]
+                        change[i] = torch.maximum(change[i], odd[place])
             p_values.append(p_value)
 
-            # 3. Back to each image's own size
+            # 4. Back to each image's own size
             originals = [decode(one, processor.pixel_range) for one in images[batch]]
             last = [one[-1] for one in steps]
-            restored += [paste(*parts) for parts in zip(originals, last, 1 - change, strict=True)]
+            restored += [paste(*parts) for parts in zip(originals, last, 1 - changed, strict=True)]
             intermediates += [pictures_as(to_pil(torch.stack(one)), output_type) for one in steps]
             distances += [self._distances(one, name) for one, name in zip(steps, categories, strict=True)]
         p = np.concatenate(p_values)
