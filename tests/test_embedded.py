@@ -47,8 +47,8 @@ def test_examples_are_judged_right(synthetic, path):
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 @pytest.mark.parametrize("mode", ["calibrated", "paper"])
 def test_scores_and_maps_are_those_written_down(name, mode):
-    """golden.safetensors holds what version 0.1.0, which also saved these models, gave of three examples: scores, and
-    means of each map over 8 x 8 blocks. Other processors round otherwise, which log and variances magnify."""
+    """golden.safetensors holds what the code that saved each model gave of three examples: scores, and means of each
+    map over 8 x 8 blocks. Other processors round otherwise, which log and variances magnify."""
     golden = load_file(Path(__file__).parent / "golden.safetensors")
     pipeline = RADPipeline.from_embedded(name)
     images = [EMBEDDED_DIR / "examples" / f"{stem}.png" for stem in ("brick_stain", "hex_nut_good", "hex_nut_scratch")]

@@ -26,7 +26,7 @@ from .gaussian import (
     unpack_triangle,
 )
 
-MAP_WEIGHTS = {"pixel": 1.0, "feature": 1.0, "residual": 0.0, "mahalanobis": 0.75, "discriminator": 1.5}
+MAP_WEIGHTS = {"pixel": 0.5, "feature": 1.0, "residual": 0.0, "mahalanobis": 0.75, "discriminator": 1.5}
 IMAGE_WEIGHTS = {
     "pixel": 0.0,
     "feature": 0.0,
