@@ -1,8 +1,9 @@
-"""Pasted defects, which train: textures pasted on good images, from which a discriminator learns what a defect may be.
+"""Pasted defects, which train: textures pasted on good images, from which a discriminator learns what a defect may be
+and the denoiser what to remove with the noise.
 
 As in CutPaste (Li et al., CVPR 2021), DRAEM (Zavrtanik et al., ICCV 2021) and NSA (Schlüter et al., ECCV 2022), a
 region of random shape gets another texture. Shapes and fills are as varied as they are cheap; none knows a product.
-What a discriminator has learned is measured with other defects, the drawn ones of `rad.data.defects`.
+What they have learned is measured with other defects, the drawn ones of `rad.data.defects`.
 """
 
 from collections.abc import Iterator
