@@ -28,7 +28,7 @@ from checkpoints import checkpoints_of
 from conftest import new_pipeline, size_of, texture
 from huggingface_hub import HfApi, ModelCard
 from launching import TRACKERS
-from measuring import measure_test_split
+from measuring import measure_test_split, survey_test_split
 from optimisation import create_average, create_lr_scheduler, create_optimizer
 from PIL import Image
 from processes import start_script
@@ -201,7 +201,8 @@ def measured(data_dir, output_dir, pipeline) -> tuple[dict[str, float], list]:
     args = train.parse_args(
         ["--train_data_dir", str(data_dir), "--output_dir", str(output_dir), "--category", "brick"]
     )
-    return measure_test_split(args, Accelerator(cpu=True), pipeline)
+    tested = survey_test_split(args, pipeline.image_processor.resize)
+    return measure_test_split(args, Accelerator(cpu=True), pipeline, *tested)
 
 
 def test_test_images_and_masks_that_cannot_be_read_are_left_out(pipeline, data_dir, tmp_path, caplog):
@@ -426,7 +427,8 @@ def test_two_processes_do_what_one_does(whole, data_dir, tmp_path):
     pipeline, args = RADPipeline.from_pretrained(tmp_path), train.parse_args(["--train_data_dir", str(data_dir)])
     args.output_dir = tmp_path
     AcceleratorState._reset_state(reset_partial_state=True)
-    by_one, _ = measure_test_split(args, Accelerator(cpu=True), pipeline)
+    tested = survey_test_split(args, pipeline.image_processor.resize)
+    by_one, _ = measure_test_split(args, Accelerator(cpu=True), pipeline, *tested)
     assert np.allclose(sorted(by_one.values()), sorted(result.metric_value for result in results), atol=1e-3)
 
 
@@ -745,9 +747,10 @@ def test_the_output_does_not_go_into_the_data(photos):
         train_on(photos, photos / "model", "--max_train_steps", "1")
 
 
-def test_only_the_training_images_of_a_category_folder_are_trained_on(data_dir, tmp_path, capsys):
-    train_on(data_dir / "brick", tmp_path / "model", "--dry_run")
-    assert [line.split()[1:] for line in capsys.readouterr().out.splitlines() if "train, " in line] == [
+def test_only_the_training_images_of_a_category_folder_are_trained_on(data_dir, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train_on(data_dir / "brick", tmp_path / "model", "--dry_run")
+    assert [line.split()[1:] for line in caplog.text.splitlines() if "train, " in line] == [
         ["train,", "good", "train/good"]
     ]
 
