@@ -54,14 +54,14 @@ class RADRestorationMixin:
         "denoising" suits networks that have learned to remove defects together with the noise: estimates of the good
         image, noised and sampled from the diffusion model, of which only what is not normal is taken at every step (as
         in RePaint, Lugmayr et al., CVPR 2022). While an image still is anomalous, this is done again, in up to three
-        rounds, with other noise and also where it looks odd now.
+        rounds, with other noise and also where it looks odd now. What makes an image no better is not taken.
 
         "gradient" is RAN's gradient denoising (algorithm 1): the gradient of the Mahalanobis distance removes the
         anomaly, the diffusion model removes the gradient's noise. The distance is squared here, so that the worst
         positions weigh most, and the steps shrink, so that they settle; RAN does neither. It ends when an image is as
         close to normal as a typical good one.
 
-        Where all of an image is normal nothing is changed; nor is it by what makes it no better.
+        Where all of an image is normal nothing is changed.
 
         Args:
             image: One image or several, as in scoring.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .btad import load_btad
 from .dataset import AnomalyDataset, Sample
-from .doubts import check_pictures, named_otherwise, refusal
-from .folder import load_folder
+from .doubts import check_pictures
+from .folder import check_names, load_folder
 from .hub import load_hub_dataset
 from .listing import IMAGE_SUFFIXES, list_files
 from .mtd import load_mtd
@@ -81,10 +81,8 @@ def load_dataset(
         samples = [sample for sample in samples if not sample.label]
     if not (good or all_good):
         check_pictures(root, [sample.image for sample in samples])
-        for label, kind in enumerate(("good images", "defects")):
-            odd = named_otherwise([sample.image for sample in samples if sample.label == label], not label)
-            if odd:
-                raise refusal(root, f"{odd[0].relative_to(root)} lies among {kind}, but its name says otherwise")
+        for label in (0, 1):
+            check_names(root, [sample.image for sample in samples if sample.label == label], are_good=not label)
     if not samples:
         left_out = "; ".join(f"{reason} ({len(paths):,})" for reason, paths in list_files(root).left_out.items())
         raise ValueError(
