@@ -17,6 +17,7 @@ from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upl
 from .image_processor import RADImageProcessor
 from .image_reader import read
 from .model_card import create_model_card
+from .models.detail import DetailBranch
 from .models.discriminator import RADDiscriminator
 from .models.evidence import Evidence
 from .models.false_alarms import FalseAlarmMixin
@@ -223,6 +224,7 @@ class RADLoaderMixin(DiffusionPipeline):
             Evidence,
             Moments,
             FalseAlarmMixin,
+            DetailBranch,
             WienerFilter,
             *COMPONENTS.values(),
             check_images,

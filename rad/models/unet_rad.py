@@ -12,7 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .detail import DetailBranch
 from .wiener import WienerFilter
+
+NUM_DETAIL_LAYERS = 5  # which see 11 x 11 pixels
 
 
 @dataclass
@@ -49,6 +52,8 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         feature_channels, feature_stride: The extractor's channels, and pixels per position of its grid.
         wiener: Let the network improve on a Wiener filter of good images, which `wiener_filter.fit` measures; its
             output is x0_hat then. A network on patches has no room for their noise, so it cannot predict it well.
+        detail_channels: Width of a branch at the images' own resolution, which finishes x0_hat; 0 for none. It needs
+            the Wiener filter.
         categories: Names of the categories it is trained on, in the order of the class labels; none for a network
             without labels. One more embedding stands for an unknown category.
     """
@@ -76,8 +81,11 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         feature_stride: int = 8,
         categories: tuple[str, ...] = (),
         wiener: bool = False,
+        detail_channels: int = 0,
     ) -> None:
         super().__init__()
+        if detail_channels and not wiener:
+            raise ValueError("detail_channels needs wiener=True: the branch improves on an estimate of x_0.")
         num_decoder_blocks = len(up_block_types) * (layers_per_block + 1)
         if not -num_decoder_blocks <= feature_block < num_decoder_blocks:
             raise ValueError(
@@ -104,6 +112,10 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         if wiener:  # from which training starts
             nn.init.zeros_(self.unet.conv_out.weight)
             nn.init.zeros_(self.unet.conv_out.bias)
+        embedding_dim = self.unet.time_embedding.linear_2.out_features
+        self.detail = (
+            DetailBranch(in_channels, detail_channels, NUM_DETAIL_LAYERS, embedding_dim) if detail_channels else None
+        )
         self.feature_block = feature_block % num_decoder_blocks
         width = block_out_channels[::-1][self.feature_block // (layers_per_block + 1)]
         self.feature_head = nn.Sequential(
@@ -213,6 +225,10 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         linear_error = None
         if self.wiener_filter is not None:
             prediction, linear_error = self.wiener_filter(sample, timestep, prediction)
+        if self.detail is not None:
+            snr = self.wiener_filter.log_snr[timestep].float().exp()
+            x = sample.float() / (snr / (1 + snr)).sqrt().view(-1, 1, 1, 1)
+            prediction = self.detail(prediction, x, snr.rsqrt(), linear_error, emb)
         size = [side // self.config.feature_stride for side in sample.shape[-2:]]
         if list(features.shape[-2:]) != size:
             features = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
@@ -220,9 +236,10 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
 
 
 NAMED_CONFIGS: dict[str, dict[str, Any]] = {
-    "small": {"wiener": True},
+    "small": {"wiener": True, "detail_channels": 32},
     "base": {
         "wiener": True,
+        "detail_channels": 64,
         "patch_size": 2,
         "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),

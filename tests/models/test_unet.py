@@ -238,3 +238,29 @@ def test_every_parameter_is_trained(labelled, x):
     (output.sample.square().mean() + output.variance.square().mean() + output.features.square().mean()).backward()
     assert [name for name, p in labelled.named_parameters() if p.grad is None] == []
     labelled.zero_grad()
+
+
+# The branch at the images' own resolution
+
+
+def test_an_untrained_detail_branch_changes_nothing(x):
+    plain, detailed = small_unet(wiener=True), small_unet(wiener=True, detail_channels=8)
+    missing = detailed.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith("detail.") for name in missing)
+    for t in (0, torch.tensor([20, 900])):
+        assert torch.equal(plain(x, t).sample, detailed(x, t).sample)
+
+
+def test_what_the_detail_branch_adds_is_in_units_of_the_linear_error(x):
+    """A branch that says 1 everywhere adds the root of the error that the filter alone would make."""
+    plain, detailed = small_unet(wiener=True), small_unet(wiener=True, detail_channels=8)
+    detailed.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.ones_(detailed.detail.out.bias)
+    before, after = (model(x, torch.tensor([20, 900])) for model in (plain, detailed))
+    expected = before.sample + before.linear_error.sqrt().view(-1, 1, 1, 1)
+    assert torch.allclose(after.sample, expected, atol=1e-6)
+
+
+def test_a_detail_branch_needs_an_estimate_of_x_0():
+    with pytest.raises(ValueError, match="detail_channels needs wiener=True"):
+        small_unet(detail_channels=8)
