@@ -1,6 +1,10 @@
-"""Scores one picture from the command line: `python -m rad part.png --output heatmap.png`."""
+"""Scores one picture from the command line: `python -m rad part.png --output heatmap.png`.
+
+Exit status: 0 for a good part, 1 for a defect, 2 for an error.
+"""
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +17,10 @@ from rad.models.false_alarms import p_value_text
 from rad.pipeline_loading import EMBEDDED_MODELS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rad", description=__doc__)
+def main() -> int:
+    """Returns the exit status."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m rad", description=__doc__, formatter_class=raw)
     parser.add_argument("image", help="The picture to inspect.")
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--category", help="What the picture shows; by default the pipeline finds out.")
@@ -43,7 +49,12 @@ def main() -> None:
         f"95 % confidence). {seconds:.1f} s."
     )
     print(f"Read: {describe(Path(args.image))}. Heatmap: {path.resolve()}")
+    return int(output.is_anomalous[0])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:  # argparse's own errors have the status 2 too
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -66,7 +66,7 @@ class Scored:
         categories: Whose statistics were used on each image; empty for a method that has none.
     """
 
-    maps: dict[str, Sequence[np.ndarray]]
+    maps: Mapping[str, Sequence[np.ndarray]]
     scores: dict[str, np.ndarray]
     p_values: dict[str, np.ndarray] = field(default_factory=dict)
     categories: Sequence[str] = ()
@@ -210,9 +210,11 @@ def keep_records(
         start = time.perf_counter()
         found = score(images, category)
         seconds = (time.perf_counter() - start) / len(batch)
-        for i, (path, mask) in enumerate(zip(paths, masks, strict=True)):
-            tensors = {name: resize_square(maps[i], map_size) for name, maps in found.maps.items()}
-            tensors = {name: m.clip(-limit, limit).astype(dtype) for name, m in tensors.items()}
+        kept: list[dict[str, np.ndarray]] = [{} for _ in batch]
+        for name, maps in found.maps.items():  # one score after another: at their own size all would fill the memory
+            for tensors, own_size in zip(kept, maps, strict=True):
+                tensors[name] = resize_square(own_size, map_size).clip(-limit, limit).astype(dtype)
+        for i, (path, mask, tensors) in enumerate(zip(paths, masks, kept, strict=True)):
             record = {
                 "scores": {name: float(values[i]) for name, values in found.scores.items()},
                 "p_values": {name: float(values[i]) for name, values in found.p_values.items()},

@@ -22,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "I;16", "I;16L", "I;16B", "F")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "F")  # of more than 8 bits
 MAX_SIDE = 10_000
+MAX_PAGES = 16  # of a TIFF of which one is the picture
+SUBFILE_TYPE, OLD_SUBFILE_TYPE, BITS, PHOTOMETRIC = 254, 255, 258, 262  # tags of TIFF
 WHITES = (255, 1023, 4095, 16383, 65535)  # the largest number of 8, 10, 12, 14 and 16 bits
 EXTRAS = {"deep": "tifffile imagecodecs", "heic": "pillow-heif"}  # as in pyproject.toml
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")
@@ -37,7 +39,7 @@ def read(image: ImageInput) -> Image.Image | np.ndarray:
               or of a HEIC where pillow-heif is installed. EXIF rotation is applied, transparency is composited over
               white, colour profiles are ignored. 16-bit colour needs tifffile and imagecodecs. Mode F must lie in
               [0, 1]. Animations and multi-page files are refused; of an MPO (a JPEG with further pictures, from a
-              phone) the main picture is taken.
+              phone) and of a TIFF with thumbnails the main picture is taken. TIFFs in which white is 0 are turned.
             - an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a tensor [1, H, W] or [3, H, W],
               of bool, uint8, uint16 (0..65535) or floats in [0, 1].
 
@@ -129,7 +131,7 @@ def white_of(peak: int) -> int:
 def name_of(image: Any) -> str:
     """What to call an image in a sentence."""
     if isinstance(image, str | Path):
-        return Path(image).name
+        return str(image)  # in a data set `000.png` alone says nothing
     kinds = {bytes: "The picture", Image.Image: "The PIL image", np.ndarray: "The array", torch.Tensor: "The tensor"}
     return next((name for kind, name in kinds.items() if isinstance(image, kind)), "The file")
 
@@ -173,20 +175,26 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image | np.ndarray:
     if image.mode not in MODES:
         raise ValueError(f"{name} has the pixel mode {image.mode}, which is not one of {', '.join(MODES)}.")
     try:
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
-        deep = None if animated or not is_deep_colour(image) else image.fp
-        if deep is None:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        page = _main_page(image)
+        if page is not None:
+            deep = image.fp if is_deep_colour(image) else None
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            is_inverted, bits = tags.get(PHOTOMETRIC) == 0, max(tags.get(BITS, (16,)))
+            if deep is None:
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise many types on damaged pixels
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
-    if animated:
+    if page is None:
         raise ValueError(f"{name} has more than one frame: give a single frame.")
     if deep is not None:
-        pixels = _deep_pixels(deep, image.format, name)
+        pixels = _deep_pixels(deep, image.format, name, page)
         return _from_array(_upright(pixels, image.getexif().get(0x0112, 1)), name)
     if image.mode in DEEP_MODES:
         pixels = np.asarray(image)
+        if is_inverted:  # of 8 bits Pillow has turned them
+            pixels = 1 - pixels if image.mode == "F" else 2**bits - 1 - pixels.astype(np.int64)
+            pixels = pixels.astype(np.uint16) if image.mode.startswith("I;16") else pixels
         if image.mode == "I":
             if pixels.min() < 0 or pixels.max() > 65535:
                 raise ValueError(f"{name} has integers outside the 16-bit range 0 to 65535.")
@@ -198,6 +206,43 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image | np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _main_page(image: Image.Image) -> int | None:
+    """Turns a file to its one picture and says which of its frames that is; None where it has several.
+
+    A TIFF's thumbnails are those that say so, and smaller pages that show the same.
+    """
+    count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if count == 1 or image.format != "TIFF" or count > MAX_PAGES:
+        return 0 if count == 1 else None
+    sizes, full = {}, []
+    for page in range(count):
+        image.seek(page)
+        sizes[page] = image.size
+        if not image.tag_v2.get(SUBFILE_TYPE, 0) & 1 and image.tag_v2.get(OLD_SUBFILE_TYPE) != 2:
+            full.append(page)
+    main = max(full, key=lambda page: sizes[page][0] * sizes[page][1], default=0)
+    for page in full:
+        if page != main and not _shows_the_same(image, page, sizes[page], main, sizes[main]):
+            return None
+    image.seek(0 if main else 1)  # so that the page is as it was opened, with nothing of it decoded
+    image.seek(main)
+    return main
+
+
+def _shows_the_same(
+    image: Image.Image, page: int, size: tuple[int, int], main: int, main_size: tuple[int, int]
+) -> bool:
+    """Whether a page is another one made smaller."""
+    one_shape = abs(size[0] * main_size[1] - size[1] * main_size[0]) <= max(main_size)
+    if not one_shape or size[0] >= main_size[0] or max(main_size) > MAX_SIDE:
+        return False
+    image.seek(page)
+    small = np.asarray(image.convert("F"))
+    image.seek(main)
+    large = np.asarray(image.convert("F").resize(size, Image.Resampling.BOX))
+    return bool(np.abs(small - large).mean() <= 0.1 * (large.max() - large.min()))
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image | np.ndarray:
@@ -244,14 +289,15 @@ def is_deep_colour(image: Image.Image) -> bool:
     settings = image.tile[0][3]
     settings = settings if isinstance(settings, tuple) else (settings,)
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (1,))) > 8  # bits of each sample
+        return max(image.tag_v2.get(BITS, (1,))) > 8
     if image.format == "PPM":
         return max(value for value in (0, *settings) if isinstance(value, int)) > 255
     return any(isinstance(value, str) and ";16" in value for value in settings)
 
 
-def _deep_pixels(file: BinaryIO, format: str | None, name: str) -> np.ndarray:
-    """Pixels [H, W] or [H, W, 3 or 4] of a TIFF or PNG, as they are stored."""
+def _deep_pixels(file: BinaryIO, format: str | None, name: str, number: int | None = None) -> np.ndarray:
+    """Pixels [H, W] or [H, W, 3 or 4] of a TIFF or PNG, as they are stored but for white, which is never 0; of a TIFF
+    from the page of this number, by default the only one that is no thumbnail."""
     if format not in ("TIFF", "PNG"):
         raise ValueError(f"{name} is a {format} of 16-bit colour, which is read of PNG and TIFF files only.")
     file.seek(0)
@@ -261,15 +307,18 @@ def _deep_pixels(file: BinaryIO, format: str | None, name: str) -> np.ndarray:
             pixels = reader.png_decode(file.read())
         else:
             with reader.TiffFile(file) as tiff:
-                page = tiff.pages[0]
+                full = [page for page in tiff.pages if not page.subfiletype & 1] or [tiff.pages[0]]
+                page = full[0] if number is None else tiff.pages[number]
                 _check_size(page.imagewidth, page.imagelength, name)
-                if len(tiff.pages) > 1 or page.imagedepth > 1:
+                if (number is None and len(full) > 1) or page.imagedepth > 1:
                     raise ValueError("it has more than one page")
                 if page.samplesperpixel > 4 or page.bitspersample > 64:  # before memory is set aside for them
                     raise ValueError(f"it has {page.samplesperpixel} samples of {page.bitspersample} bits a pixel")
                 pixels = page.asarray()
                 if page.planarconfig == 2 and pixels.ndim == 3:
                     pixels = pixels.transpose(1, 2, 0)
+                if page.photometric == 0:
+                    pixels = (1 if pixels.dtype.kind == "f" else 2**page.bitspersample - 1) - pixels
     except Exception as error:  # so many types on damaged pixels
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
     if pixels.ndim == 3 and pixels.shape[2] == 2:  # grey and opacity

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
@@ -54,6 +55,9 @@ LIMITS = {
     "map_size": 512,
     "num_scores": 1_000_000,
 }
+if hasattr(os, "register_at_fork"):
+    # A child has none of its parent's threads, and torch's next parallel loop would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class RADLoaderMixin(DiffusionPipeline):
@@ -175,6 +179,15 @@ class RADLoaderMixin(DiffusionPipeline):
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
+    def _not_compiled(self) -> Any:
+        """A pipeline of the same networks as they were before `torch.compile`, whose class nobody could load."""
+        parts = {
+            name: getattr(module, "_orig_mod", module) if is_compiled_module(module) else module
+            for name, module in self.components.items()
+        }
+        config = self.config
+        return type(self)(**parts, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+
     def _not_finite(self) -> str | None:
         """The first weight or statistic that is NaN or infinite."""
         for component in COMPONENTS:
@@ -207,6 +220,11 @@ class RADLoaderMixin(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: other weights can run code when they are read.")
+        if any(is_compiled_module(module) for module in self.components.values()):
+            self._not_compiled().save_pretrained(
+                save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **kwargs
+            )
+            return
         if bad := self._not_finite():
             raise ValueError(f"The pipeline is not saved: {bad} is not finite, its training or its fit has failed.")
         folder = Path(save_directory).expanduser()

@@ -1,7 +1,7 @@
 """What the pipeline returns: maps and scores by name, decisions, regions, denoising steps, restorations."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
 from scipy import ndimage
+
+from .image_processor import resize_map
 
 # One value for each image: an array [B, ...], or a list of B arrays where sizes differ; tensors on request
 Stack = np.ndarray | list[np.ndarray] | torch.Tensor | list[torch.Tensor]
@@ -55,6 +57,43 @@ class Decision:
     pixel_threshold: float
 
 
+class Maps(Mapping[str, Stack]):
+    """Maps by name, kept as they were computed and resized when they are asked for: at the size of large photographs
+    all of them together would fill the memory.
+
+    Args:
+        small: Of each score [B, g, g].
+        sizes: Height and width that each of the B images' maps are to have.
+        shown: Maps that are there at this size already.
+        are_tensors: Give tensors in place of arrays.
+    """
+
+    def __init__(
+        self,
+        small: Mapping[str, torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        shown: Mapping[str, Stack] | None = None,
+        are_tensors: bool = False,
+    ) -> None:
+        self.small, self.sizes, self.shown, self.are_tensors = small, list(sizes), dict(shown or {}), are_tensors
+
+    def __getitem__(self, name: str) -> Stack:
+        found = self.shown[name] if name in self.shown else resized_stack(self.small[name], self.sizes)
+        return _to_tensors(found) if self.are_tensors else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.small)
+
+    def __len__(self) -> int:
+        return len(self.small)
+
+    def __repr__(self) -> str:
+        return f"Maps({', '.join(self)}; {len(self.sizes)} of each)"
+
+    def to_tensors(self) -> "Maps":
+        return Maps(self.small, self.sizes, self.shown, are_tensors=True)
+
+
 @dataclass
 class RADPipelineOutput(BaseOutput):
     """Scores of a list of B images. Maps are float32 [B, H, W] at the inputs' own size, or a list of B arrays [H, W]
@@ -64,9 +103,10 @@ class RADPipelineOutput(BaseOutput):
         anomaly_map: The map of the chosen score. In calibrated mode in units of good-image deviation: about 0 on good
             images, 1 a standard deviation above.
         score: [B], one number for each image, likewise.
-        maps: The maps of all scores by name: "fused", "pixel" (KL), "feature" (error), "rgb" (the difference that RAN
-            compares with) and, where RAN has none and so not in paper mode, "residual" and "mahalanobis" (Mahalanobis
-            distance of the feature residual and of the features) and a discriminator's logits.
+        maps: The maps of all scores by name, resized when they are asked for: "fused", "pixel" (KL), "feature"
+            (error), "rgb" (the difference that RAN compares with) and, where RAN has none and so not in paper mode,
+            "residual" and "mahalanobis" (Mahalanobis distance of the feature residual and of the features) and a
+            discriminator's logits.
         scores: The scores of all by name, [B] each, and in calibrated mode "global", how odd the image is as a whole,
             which has no map.
         category: The category whose normality was used, for each image; None where nothing is known of any.
@@ -76,7 +116,7 @@ class RADPipelineOutput(BaseOutput):
 
     anomaly_map: Pictures
     score: np.ndarray | torch.Tensor
-    maps: dict[str, Stack]
+    maps: Mapping[str, Stack]
     scores: dict[str, np.ndarray | torch.Tensor]
     category: list[str] | None = None
     p_value: np.ndarray | torch.Tensor | None = None
@@ -95,27 +135,29 @@ class RADPipelineOutput(BaseOutput):
     @classmethod
     def of(
         cls,
-        maps: dict[str, list[np.ndarray]],
+        maps: Mapping[str, torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
         scores: dict[str, np.ndarray],
         score_type: str,
         category: list[str | None],
         decider: Callable[..., Decision] | None = None,
         false_alarm_rate: float = 0.01,
     ) -> "RADPipelineOutput":
-        """The output of maps [H, W] and scores by name, with a decision if somebody can decide.
+        """The output of maps [B, g, g] and scores by name, with a decision if somebody can decide.
 
         Args:
+            sizes: Height and width of each image's map.
             score_type: The chosen score.
             decider: From `NormalityModel.decider`.
             false_alarm_rate: At which it decides.
         """
-        decided = {}
+        decided, shown = {}, resized_stack(maps[score_type], sizes)
         if decider is not None:
-            decided = dict(vars(decider(maps[score_type], scores[score_type], false_alarm_rate)))
+            decided = dict(vars(decider(shown, scores[score_type], false_alarm_rate)))
             decided["false_alarm_interval"] = decided.pop("interval")
-        stacked = {name: stack_maps(values) for name, values in maps.items()}
         known = None if None in category else category
-        output = cls(stacked[score_type], scores[score_type], stacked, scores, known, **decided)
+        by_name = Maps(maps, sizes, {score_type: shown})
+        output = cls(shown, scores[score_type], by_name, scores, known, **decided)
         output._decider, output._score_type = decider, score_type
         return output
 
@@ -212,6 +254,16 @@ def find_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[AnomalyRegio
     return sorted(regions, key=lambda region: -region.peak)
 
 
+def resized_stack(maps: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> np.ndarray | list[np.ndarray]:
+    """Maps [B, g, g] at each image's own (height, width): float32 [B, H, W], or a list where sizes differ."""
+    if len(set(sizes)) > 1:
+        return resize_map(maps, list(sizes))
+    stack = np.empty((len(maps), *sizes[0]), np.float32)
+    for i, size in enumerate(sizes):  # one after another, with no second copy of all
+        stack[i] = resize_map(maps[i : i + 1], [size])[0]
+    return stack
+
+
 def stack_maps(maps: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     """[B, H, W] of maps [H, W] of one size; the list as it is where sizes differ."""
     return np.stack(maps) if len({m.shape for m in maps}) == 1 else list(maps)
@@ -228,6 +280,8 @@ def pictures_as(pictures: list[Image.Image], output_type: str) -> Pictures:
 
 
 def _to_tensors(value: Any) -> Any:
+    if isinstance(value, Maps):
+        return value.to_tensors()
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_processor import RADImageProcessor, find_pixel_range, overlay, resize_map, to_pil
+from .image_processor import RADImageProcessor, find_pixel_range, overlay, to_pil
 from .image_reader import PipelineImageInput, decode, peak
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
@@ -172,9 +172,10 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
         images, batch_size = check_images(image, batch_size)
         labels = check_labels(class_labels, len(images), self.categories)
 
-        maps: dict[str, list[np.ndarray]] = {}
+        found_maps: dict[str, list[torch.Tensor]] = {}
         scores: dict[str, list[torch.Tensor]] = {}
         categories: list[str | None] = []
+        map_sizes: list[tuple[int, int]] = []
         with self.progress_bar(total=len(images)) as progress:
             for batch in batches(len(images), batch_size):
                 # 1. Decode and resize, every image by itself
@@ -186,23 +187,23 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
                     found = paper_scores(evidence)
                 else:
                     found = self.normality(evidence, self.normality.labels_of(evidence.categories))
-                # 4. Maps at each image's own size
-                for name, values in found[0].items():
-                    maps.setdefault(name, []).extend(resize_map(values, [map_size or size for size in sizes]))
-                for name, values in found[1].items():
-                    scores.setdefault(name, []).append(values.float().cpu())
+                for kept, results in zip((found_maps, scores), found, strict=True):
+                    for name, values in results.items():
+                        kept.setdefault(name, []).append(values.float().cpu())
+                map_sizes += [map_size or size for size in sizes]
                 categories += evidence.categories
                 progress.update(len(x_0))
 
-        # 5. Decide
+        # 4. Decide, on maps at each image's own size
+        maps = {name: torch.cat(values) for name, values in found_maps.items()}
         of_all = {name: torch.cat(values).numpy() for name, values in scores.items()}
         decider = self.normality.decider(score_type) if mode == "calibrated" else None
-        output = RADPipelineOutput.of(maps, of_all, score_type, categories, decider, false_alarm_rate)
+        output = RADPipelineOutput.of(maps, map_sizes, of_all, score_type, categories, decider, false_alarm_rate)
         if output_type == "pt":
             output = output.to_tensors()
         elif output_type == "pil":
             pixel_range, heat_range = self.image_processor.pixel_range, self.normality.heat_range(score_type)
-            pairs = zip(images, maps[score_type], strict=True)
+            pairs = zip(images, output.anomaly_map, strict=True)
             heat = [overlay(decode(one, pixel_range).resize(m.shape[::-1]), m, *heat_range) for one, m in pairs]
             output = output.to_pictures(heat)
         return output if return_dict else output.to_tuple()

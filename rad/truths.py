@@ -162,13 +162,14 @@ class Survey:
         """For JSON."""
         return {"counts": self.counts(), "notes": self.notes(), "undefined": self.undefined()}
 
-    def check(self, decides: bool = False) -> None:
+    def check(self, decides: bool = False, skip_errors: bool = False) -> None:
         """Raises ValueError unless all images could be read and some metric is defined.
 
         Args:
             decides: Decisions are counted too, which need no image of both kinds.
+            skip_errors: Some that can be read are enough.
         """
-        if self.errors:
+        if self.errors and not (skip_errors and self.seen):
             first, *others = self.errors
             raise ValueError(first + (f" So it is with {len(others)} others." if others else ""))
         reasons = self.undefined()

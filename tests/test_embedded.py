@@ -77,10 +77,27 @@ def test_mtd_model_finds_a_blot_on_a_plain_tile():
     assert 60 <= row <= 130 and 40 <= column <= 110
 
 
+def command_line(monkeypatch, *arguments: object) -> int:
+    """The exit status of `python -m rad`."""
+    monkeypatch.setattr(sys, "argv", ["rad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("rad", run_name="__main__")
+    return stop.value.code
+
+
+def test_the_exit_status_tells_a_good_part_from_an_error(tmp_path, monkeypatch, capsys):
+    good = next(path for path in EXAMPLES if path.stem.endswith("good"))
+    assert command_line(monkeypatch, good, "--output", tmp_path / "heatmap.png") == 0
+    for wrong in (["nowhere.png"], [good, "--model", tmp_path], [good, "--false_alarm_rate", 2]):
+        assert command_line(monkeypatch, *wrong, "--output", tmp_path / "other.png") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
+    assert len(told) == 3 and told[0] == "FileNotFoundError: There is no image file at nowhere.png."
+    assert not (tmp_path / "other.png").exists()
+
+
 def test_command_line_scores_a_picture(tmp_path, monkeypatch, capsys):
     bad = next(path for path in EXAMPLES if not path.stem.endswith("good"))
-    monkeypatch.setattr(sys, "argv", ["rad", str(bad), "--output", str(tmp_path / "out" / "heatmap.png")])
-    runpy.run_module("rad", run_name="__main__")  # as `python -m rad` does
+    assert command_line(monkeypatch, bad, "--output", tmp_path / "out" / "heatmap.png") == 1
     told = capsys.readouterr().out
     assert "DEFECT" in told and "pixels, 8-bit" in told and str(tmp_path / "out" / "heatmap.png") in told
     assert size_of(tmp_path / "out" / "heatmap.png") == size_of(bad)

@@ -525,3 +525,48 @@ def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(noise(4, 4)).save(tmp_path / "part.png")
     assert decode("~/part.png").shape == (4, 4, 3)
+
+
+# TIFFs in which white is 0, and TIFFs with thumbnails
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+def test_a_tiff_in_which_white_is_0_is_turned(tmp_path, dtype):
+    white = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+    pixels = (np.linspace(0, 1, 12).reshape(3, 4) * white).astype(dtype)
+    tifffile.imwrite(tmp_path / "black.tif", pixels, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "white.tif", (white - pixels).astype(dtype), photometric="miniswhite")
+    one, other = (np.asarray(read(tmp_path / name)) for name in ("black.tif", "white.tif"))
+    assert np.allclose(one, other, atol=1e-6 if white == 1 else 0)
+
+
+def test_12_bits_in_which_white_is_0_have_their_own_black(tmp_path):
+    pixels = np.array([[0, 5, 4095]], np.uint16)
+    tifffile.imwrite(tmp_path / "white.tif", pixels, photometric="miniswhite", bitspersample=12)
+    assert read(tmp_path / "white.tif")[..., 0].tolist() == [[4095, 4090, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_tiff_with_a_thumbnail_is_read(tmp_path, dtype, colours, first, says_so):
+    rng = np.random.default_rng(0)
+    pixels = np.sort(rng.integers(0, np.iinfo(dtype).max, (32, 24, colours)[: 1 + colours // 1]).astype(dtype), axis=0)
+    small = pixels[::4, ::4]
+    kind = {"photometric": "rgb" if colours == 3 else "minisblack"}
+    pages = [(pixels, {}), (small, {"subfiletype": 1} if says_so else {})]
+    with tifffile.TiffWriter(tmp_path / "part.tif") as writer:
+        for page, tags in reversed(pages) if first else pages:
+            writer.write(page, **kind, **tags)
+    tifffile.imwrite(tmp_path / "alone.tif", pixels, **kind)
+    assert np.array_equal(read(tmp_path / "part.tif"), read(tmp_path / "alone.tif"))
+
+
+def test_a_tiff_of_two_different_pages_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    for size in ((32, 24), (8, 6), (16, 6)):
+        with tifffile.TiffWriter(tmp_path / "part.tif") as writer:
+            writer.write(rng.integers(0, 256, (32, 24)).astype(np.uint8))
+            writer.write(rng.integers(0, 256, size).astype(np.uint8))
+        refuse(tmp_path / "part.tif", "more than one frame")

@@ -1,7 +1,9 @@
 """What users do with RADPipeline: score, decide, restore, refit, save and load."""
 
 import json
+import multiprocessing
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-from rad import RADPipeline, RADScheduler
+from rad import RADPipeline, RADScheduler, RADUNet2DModel
 from rad.image_processor import resize_map, to_pil
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_output import find_regions
@@ -125,11 +127,25 @@ def test_maps_and_scores_have_the_names_of_the_registry(pipeline, good_images):
         assert output.anomaly_map is output.maps["fused"]
 
 
+def test_a_call_takes_memory_for_one_map_of_each_large_photo_and_not_for_all(pipeline, good_images):
+    """The others are resized when they are asked for."""
+    photos = [image.resize((1000, 800)) for image in good_images[:4]]
+    pipeline(photos[0])  # what is kept from call to call is not this one's
+    tracemalloc.start()
+    output = pipeline(photos)
+    _, highest = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert highest < 3 * output.anomaly_map.nbytes
+    assert len(output.maps) == 6 and output.maps["rgb"].shape == (4, 800, 1000)
+    np.testing.assert_allclose(output.maps["rgb"][2], pipeline(photos[2]).maps["rgb"][0], atol=1e-4)
+
+
 def test_maps_are_still_read_by_their_former_names(pipeline, good_images):
     output = pipeline(good_images[0])
     for name in ("pixel", "feature", "residual", "mahalanobis", "rgb", "discriminator"):
         with pytest.warns(FutureWarning, match=f"use maps\\['{name}'\\]"):
-            assert getattr(output, f"{name}_map") is output.maps.get(name)
+            found = getattr(output, f"{name}_map")
+        assert found is None if name not in output.maps else np.array_equal(found, output.maps[name])
 
 
 @pytest.mark.parametrize("score_type", ["pixel", "feature", "residual", "mahalanobis", "rgb"])
@@ -446,3 +462,29 @@ def test_model_index_names_our_classes(pipeline, tmp_path):
     assert index["_class_name"] == ["pipeline_rad", "RADPipeline"]
     assert index["unet"] == ["component_rad", "RADUNet2DModel"]
     assert index["resolution"] == 64
+
+
+# Compiled networks, and children
+
+
+def test_a_compiled_network_is_saved_as_what_it_was(pipeline, good_images, tmp_path):
+    compiled = pipeline.with_normality(pipeline.normality)
+    compiled.unet = torch.compile(compiled.unet)
+    compiled.save_pretrained(tmp_path)
+    loaded = RADPipeline.from_pretrained(tmp_path)
+    assert type(loaded.unet) is RADUNet2DModel and not isinstance(compiled.unet, RADUNet2DModel)
+    assert loaded(good_images[0]).score[0] == pytest.approx(pipeline(good_images[0]).score[0], rel=1e-4)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_after_the_model_was_used_scores_too(pipeline, good_images):
+    """ZeroGPU forks so; the parent's threads, for which torch would wait, are not there."""
+    expected, context = pipeline(good_images[0]).score[0], multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=lambda: answers.put(pipeline(good_images[0]).score[0]), daemon=True)
+    child.start()
+    try:
+        assert answers.get(timeout=60) == pytest.approx(expected, abs=1e-4)
+    finally:
+        child.kill()

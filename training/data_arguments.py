@@ -50,8 +50,14 @@ def summarise_folder(
             errors[split] = error
     if not splits:
         raise errors["train"]
-    # Not where the folder lies: the summary is published
-    notes = [f"No {s} split: {error}".replace(str(root), root.resolve().name) for s, error in errors.items()]
+    notes = [f"No {s} split: {error}" for s, error in errors.items()]
     if read_masks and "test" in splits:
         notes += survey(splits["test"], range(len(splits["test"]))).all_sentences()
-    return summarise(splits, root, notes=notes)
+    return summarise(splits, root, notes=[without_folder(note, args) for note in notes])
+
+
+def without_folder(note: str, args: argparse.Namespace) -> str:
+    """A sentence to be published: it names files from the data folder on, not where that lies."""
+    return (
+        note if getattr(args, "dataset_name", None) else note.replace(str(data_folder(args)), data_folder(args).name)
+    )

@@ -56,7 +56,8 @@ def estimate_time(
         fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
         text = f"{fit / 60:.0f} minutes for normality"
         if args.discriminator_steps and not args.fit_only:
-            probe = RADPipeline(pipeline.unet, pipeline.scheduler, pipeline.feature_extractor)
+            networks = pipeline.unet, pipeline.scheduler, pipeline.feature_extractor
+            probe = RADPipeline(*networks, resolution=args.resolution)
             probe.set_progress_bar_config(disable=True)
             noise, elapsed = torch.randint(256, (2, 3, *[args.resolution] * 2), dtype=torch.uint8), []
             for count in (1, 3):

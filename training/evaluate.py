@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
-from data_arguments import add_data_arguments, load_split, summarise_folder
+from data_arguments import add_data_arguments, load_split, summarise_folder, without_folder
 from launching import share_cores
 from PIL import Image
 from scipy.ndimage import binary_dilation
@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data_dir", type=expanduser, help="Folder of the data set.")
     data.add_argument("--dataset_name", help="Data set of the Hub.")
     add_data_arguments(parser.add_argument)
+    parser.add_argument("--skip_unreadable", action="store_true", help="Leave out images that cannot be read.")
     parser.add_argument("--dataset_config_name", help="Hub: configuration of the data set.")
     parser.add_argument("--dataset_split", default="test", help="Hub: split to measure on.")
     parser.add_argument("--image_column", default="image", help="Hub: column with the images.")
@@ -341,11 +342,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     surveyed = Survey()
     for model, indices in models.items():
         surveyed += survey(dataset, indices, pipelines[model].image_processor.resize)
-    surveyed.check(args.mode == "calibrated")
+    surveyed.check(args.mode == "calibrated", skip_errors=args.skip_unreadable)
+    readable = {one.index for one in surveyed.seen}
+    models = {model: [i for i in indices if i in readable] for model, indices in models.items()}
+    models = {model: indices for model, indices in models.items() if indices}
     if args.restore and not any(one.label and one.has_mask for one in surveyed.seen):
         raise ValueError("--restore takes defective images with a mask, and there are none.")
     if state.is_main_process:
-        print("\n".join(surveyed.sentences()), flush=True)
+        print("\n".join(surveyed.all_sentences()), flush=True)
 
     # 2. Score: one model after another, each on its categories
     for model, indices in models.items():
@@ -362,7 +366,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"rad": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         "device": f"{args.device or state.device}, {threads}",
-        "truth": surveyed.to_dict(),
+        "truth": surveyed.to_dict() | {"unreadable": [without_folder(error, args) for error in surveyed.errors]},
         **measured,
     }
     if not state.is_main_process:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_arguments import load_split, summarise_folder
+from data_arguments import load_split, summarise_folder, without_folder
 from measuring import survey_test_split
 from tqdm.auto import tqdm
 
 from rad import RADImageProcessor
 from rad.data import AnomalyDataset, detect_format, load_hub_dataset
-from rad.data.batches import to_pixels
+from rad.data.batches import DecodedImages, to_pixels
 from rad.data.dataset import MIN_IMAGES
 from rad.data.summary import DataSummary, summarise
 from rad.image_processor import FULL_SCALE, find_pixel_range
@@ -56,7 +56,7 @@ class GoodImages:
     Attributes:
         dataset: The good images.
         processor: Knows their size and range.
-        decoded: From `decode_images`.
+        readable: Indices of the images that can be read, of which `decoded` has all or, without --cache_images, none.
         train, holdout: Indices of the images to train on and of those held out.
         summary: What was read as what.
         tested: The test split and what it can be measured by, if it is to be measured.
@@ -64,7 +64,8 @@ class GoodImages:
 
     dataset: AnomalyDataset
     processor: RADImageProcessor
-    decoded: dict[int, torch.Tensor | None]
+    readable: list[int]
+    decoded: DecodedImages
     train: list[int]
     holdout: list[int]
     summary: DataSummary
@@ -90,12 +91,13 @@ def read_images(args: argparse.Namespace, dataset: AnomalyDataset, resolution: i
     pixel_range, darkest_peak = find_range(args, dataset, chosen)
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     tested = survey_test_split(args, processor.resize) if args.evaluate else None
-    notes = summary.notes + (tested[1].all_sentences() if tested else [])
+    told = tested[1].all_sentences() if tested else []
+    notes = summary.notes + [without_folder(sentence, args) for sentence in told]
     summary = replace(summary, notes=notes, pixel_range=pixel_range)
-    decoded = decode_images(args, dataset, sorted(chosen), processor, show_progress)
+    readable, decoded = decode_images(args, dataset, sorted(chosen), processor, show_progress)
     fraction = 0.0 if args.fit_only else 0.2 if args.holdout_fraction is None else args.holdout_fraction
-    train, holdout = dataset.split_holdout(fraction, args.seed, sorted(decoded))
-    return GoodImages(dataset, processor, decoded, train, holdout, summary, tested)
+    train, holdout = dataset.split_holdout(fraction, args.seed, readable)
+    return GoodImages(dataset, processor, readable, decoded, train, holdout, summary, tested)
 
 
 def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
@@ -125,9 +127,9 @@ def decode_images(
     indices: list[int],
     processor: RADImageProcessor,
     show_progress: bool,
-) -> dict[int, torch.Tensor | None]:
-    """Decodes images once, as `TrainingImages` takes them, by index; without --cache_images only checks them, giving
-    None.
+) -> tuple[list[int], DecodedImages]:
+    """Decodes images once; gives the indices of those that can be read, ascending, and what is kept of them, which
+    without --cache_images is nothing.
 
     Raises:
         ValueError: Names the images that cannot be read, unless they are to be skipped; images are of one colour, or
@@ -164,4 +166,5 @@ def decode_images(
             f"Images of {len(sizes)} different sizes, most often {width} x {height}, are all resized to "
             f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
         )
-    return {index: image for index, (image, *_) in results.items()}
+    kept = {index: image for index, (image, *_) in results.items() if image is not None}
+    return sorted(results), DecodedImages(kept)

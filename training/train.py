@@ -44,14 +44,14 @@ from validation import averaged, validate
 
 from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.data import AnomalyDataset
-from rad.data.batches import TrainingCollator, TrainingImages, TrainingSampler
+from rad.data.batches import DecodedImages, TrainingCollator, TrainingImages, TrainingSampler
 from rad.data.dataset import evenly
 from rad.denoising import measure_denoiser, quality_table
 from rad.files import remove_partials
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
-from rad.pipeline_loading import EMBEDDED_DIR
+from rad.pipeline_loading import EMBEDDED_DIR, LIMITS
 
 logger = logging.getLogger("rad.train")
 
@@ -76,7 +76,6 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
             resolution=args.resolution or pipeline.config.resolution,
             num_noise_samples=pipeline.config.num_noise_samples,
         )
-        check_resolution(pipeline)
         return pipeline
 
     if args.backbone:
@@ -97,15 +96,32 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
             args.model_config or "small", categories=labels, sample_size=resolution, **head
         )
     scheduler = RADScheduler(prediction_type="epsilon" if unet.wiener_filter is None else "sample")
-    pipeline = RADPipeline(unet, scheduler, extractor, resolution=resolution)
-    check_resolution(pipeline)
-    return pipeline
+    return RADPipeline(unet, scheduler, extractor, resolution=resolution)
 
 
-def check_resolution(pipeline: RADPipeline) -> None:
-    step = math.lcm(pipeline.unet.stride, pipeline.feature_extractor.config.feature_stride)
-    if pipeline.config.resolution % step:
-        raise ValueError(f"--resolution must be a multiple of {step} pixels, got {pipeline.config.resolution}.")
+def check_networks(args: argparse.Namespace, pipeline: RADPipeline) -> None:
+    """Raises ValueError unless the networks fit each other, the resolution and the chain, before any is trained."""
+    size, extractor, scheduler = pipeline.config.resolution, pipeline.feature_extractor, pipeline.scheduler
+    step, backbone = math.lcm(pipeline.unet.stride, extractor.config.feature_stride), extractor.config.backbone
+    if size % step:
+        raise ValueError(f"--resolution must be a multiple of {step} pixels, got {size}.")
+    least = 4 * max(extractor.network.feature_info.reduction())  # images are also looked at at a quarter of their size
+    if size < least:
+        raise ValueError(f"--resolution must be at least {least} pixels with the backbone {backbone}, got {size}.")
+    if args.max_timestep > scheduler.config.num_train_timesteps:
+        most = scheduler.config.num_train_timesteps
+        raise ValueError(f"--max_timestep must be at most {most}, the chain's length, got {args.max_timestep}.")
+    if extractor.num_channels > LIMITS["feature_channels"]:
+        most, own = LIMITS["feature_channels"], extractor.num_channels
+        raise ValueError(f"--backbone may have {most:,} channels in all its stages, but {backbone} has {own:,}.")
+    try:
+        evidence = RADPipeline(pipeline.unet, scheduler, extractor, resolution=size).measure(
+            torch.zeros(1, 3, size, size)
+        )
+        if evidence.summaries.shape[1] != extractor.num_summaries:
+            raise ValueError("its stages have other channels than it says")
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(f"The backbone {backbone} cannot be used at {size} x {size} pixels: {error}.") from error
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -117,7 +133,7 @@ def train_unet(
     pipeline: RADPipeline,
     processor: RADImageProcessor,
     dataset: AnomalyDataset,
-    decoded: dict[int, torch.Tensor | None],
+    decoded: DecodedImages,
     train: list[int],
     holdout: list[int],
 ) -> None:
@@ -125,7 +141,7 @@ def train_unet(
 
     Args:
         processor: Of the images.
-        decoded: From `decode_images`; unless they are to be cached, the loader decodes them again.
+        decoded: Images that are kept in memory; the loader decodes others again.
         train, holdout: Indices of the images to train on and of those held out.
     """
     output_dir, device, scheduler = Path(args.output_dir), accelerator.device, pipeline.scheduler
@@ -339,6 +355,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. Good images: decoded once; a share is kept away from training, for the thresholds
     dataset = load_good_images(args)
     pipeline = initial_pipeline(args, dataset.categories)
+    check_networks(args, pipeline)
     args.resolution = pipeline.config.resolution
     data = read_images(args, dataset, args.resolution, show_progress)
     processor, decoded, train, holdout = data.processor, data.decoded, data.train, data.holdout
@@ -354,8 +371,8 @@ def main(args: argparse.Namespace) -> None:
     # precision first: what is measured is what is saved
     pipeline.unet.half().float().eval()
     pipeline.feature_extractor.half().float()
-    image = {i: dataset[i].image if pixels is None else pixels for i, pixels in decoded.items()}
-    category = {i: dataset[i].category for i in decoded}
+    image = {i: decoded[i] if i in decoded else dataset[i].image for i in data.readable}
+    category = {i: dataset[i].category for i in data.readable}
     shown = [(holdout or train)[i] for i in evenly(len(holdout or train), NUM_DENOISED)]
     x_0, _ = processor.preprocess([image[i] for i in shown])
     denoising = []

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .btad import load_btad
+from .dagm import load_dagm
 from .dataset import AnomalyDataset, Sample
 from .doubts import check_pictures
 from .folder import check_names, load_folder
 from .hub import load_hub_dataset
+from .kolektor import load_kolektor, load_kolektor2
 from .listing import IMAGE_SUFFIXES, list_files
 from .mtd import load_mtd
-from .mvtec import is_mvtec, load_mvtec, load_mvtec_ad_2, load_mvtec_loco
+from .mvtec import is_mvtec, load_mvtec, load_mvtec_3d, load_mvtec_ad_2, load_mvtec_loco
 from .real_iad import load_real_iad
 from .visa import load_visa
 
@@ -19,12 +21,17 @@ DATASET_FORMATS = {
     "mvtec": load_mvtec,
     "mvtec_ad_2": load_mvtec_ad_2,
     "mvtec_loco": load_mvtec_loco,
+    "mvtec_3d": load_mvtec_3d,
     "visa": load_visa,
     "btad": load_btad,
     "mtd": load_mtd,
     "real_iad": load_real_iad,
+    "kolektor": load_kolektor,
+    "kolektor2": load_kolektor2,
+    "dagm": load_dagm,
     "folder": load_folder,
 }
+HAVE_VALIDATION = ("mvtec_ad_2", "mvtec_loco", "mvtec_3d")
 
 
 def load_dataset(
@@ -42,12 +49,13 @@ def load_dataset(
 
     Args:
         root: Folder of the data set.
-        dataset_format: "mvtec" (MVTec-AD's layout), "mvtec_ad_2", "mvtec_loco", "visa" (as downloaded, with its split
-            file), "btad", "mtd" (Magnetic Tile Defects), "real_iad", "folder" (any folder whose names tell good from
-            bad, or of good images alone), or "auto" for the one that the folder looks like. Each layout is drawn in
-            the module of its name.
-        split: "train" (good images only) or "test"; of MVTec-AD 2 and LOCO also "validation": good images, which are
-            part of no other split.
+        dataset_format: "mvtec" (MVTec-AD's layout), "mvtec_ad_2", "mvtec_loco", "mvtec_3d" (its photographs), "visa"
+            (as downloaded, with its split file), "btad", "mtd" (Magnetic Tile Defects), "real_iad", "kolektor" and
+            "kolektor2" (KolektorSDD and SDD2), "dagm", "folder" (any folder whose names tell good from bad, or of good
+            images alone), or "auto" for the one that the folder looks like. Each layout is drawn in the module of its
+            name.
+        split: "train" (good images only) or "test"; of MVTec-AD 2, LOCO and 3D-AD also "validation": good images,
+            which are part of no other split.
         categories: Names to keep; by default all.
         good, bad, masks: Of "folder": globs, relative to `root`, of files, or folders with all below them, that are
             good images, defects and masks, where names do not say it.
@@ -73,7 +81,7 @@ def load_dataset(
         raise ValueError("With all_good every image is good: give it without good, bad and masks.")
     if dataset_format == "auto":
         dataset_format = "folder" if told else detect_format(root)
-    splits = ["train", *(["validation"] if dataset_format in ("mvtec_ad_2", "mvtec_loco") else []), "test"]
+    splits = ["train", *(["validation"] if dataset_format in HAVE_VALIDATION else []), "test"]
     if split not in splits:
         raise ValueError(f"split of {dataset_format} must be {' or '.join(map(repr, splits))}, got {split!r}.")
     samples = DATASET_FORMATS[dataset_format](root, split, categories, **told)
@@ -100,6 +108,10 @@ def detect_format(root: str | Path) -> str:
         "mtd": "MT_Free",
         "mvtec_ad_2": "*/test_public",
         "mvtec_loco": "*/test/logical_anomalies",
+        "mvtec_3d": "*/train/good/rgb",
+        "kolektor": "*/Part*_label.bmp",
+        "kolektor2": "train/*_GT.png",
+        "dagm": "*/Train/Label",
     }
     root = Path(root).expanduser()
     found = next((name for name, sign in signs.items() if any(root.glob(sign))), None)

@@ -4,7 +4,7 @@ how many there are, or on whether the run was interrupted."""
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,30 @@ class TrainingSampler(Sampler[list[Draw]]):
                 yield batch[self.rank :: self.num_processes]
 
 
+class DecodedImages(Mapping[int, torch.Tensor]):
+    """Images by their index in a data set, all in one tensor: each tensor that another process is given takes a file
+    handle, of which there are about a thousand.
+
+    Args:
+        images: [3, S, S] each, uint8 or, if any of them is, float in [0, 1].
+    """
+
+    def __init__(self, images: Mapping[int, torch.Tensor]) -> None:
+        self.rows = {index: row for row, index in enumerate(images)}
+        of_one_type = {image.dtype for image in images.values()} == {torch.uint8}
+        pixels = [image if of_one_type or image.is_floating_point() else image / 255 for image in images.values()]
+        self.pixels = torch.stack(pixels) if pixels else torch.empty(0)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.pixels[self.rows[index]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class TrainingImages(Dataset):
     """Good images at the training resolution, indexed by `Draw`.
 
@@ -112,7 +136,7 @@ class TrainingImages(Dataset):
         indices: Those of them to train on.
         labels: Class label of every image of the data set.
         processor: Resizes them.
-        decoded: Images [3, S, S], uint8 or float in [0, 1], by index of the data set; where it has None, they are
+        decoded: Images [3, S, S], uint8 or float in [0, 1], by index of the data set; those that are not in it are
             decoded when asked for.
         paste_prob: Share of the images that get a defect (RAN: 0).
     """
@@ -123,7 +147,7 @@ class TrainingImages(Dataset):
         indices: list[int],
         labels: list[int],
         processor: RADImageProcessor,
-        decoded: dict[int, torch.Tensor | None],
+        decoded: Mapping[int, torch.Tensor],
         paste_prob: float = 0.0,
     ) -> None:
         self.dataset, self.indices, self.labels = dataset, indices, labels
@@ -142,8 +166,9 @@ class TrainingImages(Dataset):
 
     def _image(self, position: int) -> torch.Tensor:
         index = self.indices[position]
-        image = self.decoded[index]
-        return to_pixels(self.processor.resize(self.dataset[index].image)[0]) if image is None else image
+        if index in self.decoded:
+            return self.decoded[index]
+        return to_pixels(self.processor.resize(self.dataset[index].image)[0])
 
     def chunks(self, size: int = 16) -> Iterator[torch.Tensor]:
         """All images in order as the networks' input, [B, 3, S, S] in [-1, 1] with B up to `size`."""

@@ -13,13 +13,17 @@ MVTec LOCO (Bergmann et al., IJCV 2022). An image has one mask for each of its d
 
     <category>/train/good/*.png, validation/good/*.png, test/{good,logical_anomalies,structural_anomalies}/*.png,
     ground_truth/<defect>/<image>/000.png, 001.png, ...
+
+MVTec 3D-AD (Bergmann et al., VISAPP 2022), of which the photographs are read and the point clouds in xyz/ are not:
+
+    <category>/train/good/rgb/*.png, validation/good/rgb/*.png, test/{good,<defect>}/{rgb,gt}/*.png
 """
 
 from pathlib import Path
 
-from .dataset import Sample, check_masks_found, pick_categories, wrong_layout
+from .dataset import Sample, check_files, check_masks_found, pick_categories, wrong_layout
 from .doubts import label_files, named_otherwise
-from .listing import images_under, list_files, subfolders
+from .listing import images_under, list_files, list_images, subfolders
 from .masks import MaskFinder
 from .roles import mask_stem, meaning_of
 
@@ -70,6 +74,28 @@ def load_mvtec_loco(root: Path, split: str, categories: list[str] | None = None)
     number.
     """
     return load_categories(root, split, categories, "MVTec LOCO", a_folder_each=True)
+
+
+def load_mvtec_3d(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
+    """MVTec 3D-AD's samples of `split` ("train", "validation" or "test").
+
+    Raises:
+        ValueError: The layout is another one, a category does not exist or lacks the split, or a defect has no mask.
+    """
+    available = [folder.name for folder in subfolders(root) if (folder / "train" / "good" / "rgb").is_dir()]
+    if not available:
+        raise wrong_layout(root, "MVTec 3D-AD", "<category>/train/good/rgb and <category>/test/<defect>/{rgb,gt}")
+    samples = []
+    for category in pick_categories(root, available, categories):
+        folder = root / category / split
+        if not folder.is_dir():
+            raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
+        for kind in subfolders(folder):
+            images = list_images(kind / "rgb") if (kind / "rgb").is_dir() else []
+            masks = [None if kind.name == "good" else kind / "gt" / f"{image.stem}.png" for image in images]
+            samples += [Sample(image, category, kind.name, mask) for image, mask in zip(images, masks, strict=True)]
+    check_files(samples, root)
+    return samples
 
 
 def load_categories(

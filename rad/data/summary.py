@@ -126,6 +126,8 @@ def summarise(
 
     step = max(1, -(-len(samples) // MAX_HEADERS))
     picked = [splits[split][i].image for split, i, _ in samples[::step]]
+    names = [name_of(image) for image in picked]  # not where the folder lies: the summary is published
+    names = [path.removeprefix(f"{root}/") for path in names]
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(_look, picked))
     looks = [look for look in found if look]
@@ -138,7 +140,7 @@ def summarise(
         num_looked_at=len(looks),
         left_out={} if root is None else _left_out(root, splits),
         notes=notes or [],
-        unreadable=tuple(name_of(image) for image, look in zip(picked, found, strict=True) if look is None),
+        unreadable=tuple(path for path, look in zip(names, found, strict=True) if look is None),
         peak=max((highest for *_, highest in looks if highest is not None), default=None),
     )
 

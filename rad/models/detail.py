@@ -1,4 +1,4 @@
-"""What is finer than a patch: convolutions at the images' own resolution that finish what a network on patches began."""
+"""What is finer than a patch: convolutions at the images' own resolution that finish what patches began."""
 
 import torch
 import torch.nn.functional as F

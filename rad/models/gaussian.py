@@ -16,6 +16,7 @@ NUM_FOLDS = 5
 MIN_SCORED = 2  # good images of a category: what a deviation needs
 MIN_GOOD = NUM_FOLDS  # of fewer each is judged by so few others that nothing bad stands out
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
+MAX_SUMMARIES = 2048  # numbers of whole images; their covariance has as many squared
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
 
@@ -181,6 +182,11 @@ def fit_held_out_scores(
         location, scale = rest.mean_and_std(prior=std)
         z[fold == k] = ((x[fold == k] - location) / scale.clamp_min(1e-3)).float()
     return mean, std.clamp_min(1e-3), z
+
+
+def pick(summaries: torch.Tensor, count: int) -> torch.Tensor:
+    """Evenly picked columns of summaries [N, D], [N, count]."""
+    return summaries[:, torch.arange(count) * summaries.shape[1] // count]
 
 
 # -- matrices -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from .evidence import FUSED, GLOBAL, WEIGHTED, Evidence, to_grid, weighted_sum
 from .false_alarms import TAIL, FalseAlarmMixin
 from .gaussian import (
+    MAX_SUMMARIES,
     MIN_SCORED,
     NUM_FOLDS,
     Moments,
@@ -23,6 +24,7 @@ from .gaussian import (
     fit_held_out_summaries,
     mahalanobis,
     pack_triangle,
+    pick,
     unpack_triangle,
 )
 
@@ -56,7 +58,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         num_noise_samples, seed: Of the noise that good images were scored under, which others are then scored under
             too: the units of KL, RGB and residual scores depend on them. None where nobody wrote the number down.
         feature_channels: Channels of the extractor.
-        num_summaries: Numbers in its summary of an image.
+        num_summaries: Numbers that are kept of its summary of an image, evenly picked, 2048 at most.
         gaussian_size: Side of the grid of the features' Gaussian, that of the residuals' is half of it; both are
             averaged down to their grid. By default half the features' side.
         gaussian_channels: Both are projected to this many orthonormal directions. By default 140, of several
@@ -102,8 +104,8 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         _check_weights("weights", weights, [name for name in WEIGHTED if name != GLOBAL])
         _check_weights("image_weights", image_weights, WEIGHTED)
         # What was asked for; None is chosen anew by each fit
-        self._asked = {"gaussian_size": gaussian_size, "gaussian_channels": gaussian_channels}
-        self._asked["gaussian_block"] = gaussian_block
+        sizes = gaussian_size, gaussian_channels, gaussian_block
+        self._asked = dict(zip(("gaussian_size", "gaussian_channels", "gaussian_block"), sizes, strict=True))
         self._register_buffers()
 
     def _register_buffers(self) -> None:
@@ -132,8 +134,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             "location scale": raw,
             "score_location score_scale": (num_categories, num_types + 1),
         }
-        for names, shape in units.items():
-            location, scale = names.split()
+        for (location, scale), shape in ((names.split(), shape) for names, shape in units.items()):
             self.register_buffer(location, torch.zeros(shape))
             self.register_buffer(scale, torch.ones(shape))
         self.register_buffer("map_scale", torch.ones(num_categories, num_types))
@@ -183,8 +184,9 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         return torch.cat([mahalanobis(d[None], whitening[label]) for d, label in zip(deviations, labels, strict=True)])
 
     def global_distance(self, summaries: torch.Tensor, labels: list[int]) -> torch.Tensor:
-        """Mahalanobis distances [B] of the extractor's summaries [B, num_summaries] to those of good images."""
-        z = (summaries.float() - self.global_mean[labels].float()) / self.global_std[labels].float()
+        """Mahalanobis distances [B] of the extractor's summaries [B, D] to those of good images."""
+        summaries = pick(summaries, self.config.num_summaries).float()
+        z = (summaries - self.global_mean[labels].float()) / self.global_std[labels].float()
         return (z @ unpack_triangle(self.global_whitening[None].float(), z.shape[1])[0].T).norm(dim=1)
 
     def classify(self, features: torch.Tensor) -> list[int]:
@@ -310,7 +312,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
                 may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
             residuals: What their prediction leaves, likewise.
-            summaries: The extractor's, of the same images, [n, num_summaries].
+            summaries: The extractor's, of the same images, [n, D].
             labels: Class label of each image of all shares, [N].
             raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
             categories: Their names; each needs at least two scored images.
@@ -321,7 +323,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
             Itself.
 
         Raises:
-            ValueError: A category has fewer scored images, or they are so odd that the statistics are not finite.
+            ValueError: A category has fewer scored images, or statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
         label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
@@ -335,6 +337,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         self._resize(features, summaries, raw_maps, categories, num_scored)
 
         # 2. The Gaussian of whole images
+        summaries = pick(summaries, self.config.num_summaries)
         everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
         everyone[share] = summaries.double()
         gaussian, global_distance = fit_held_out_summaries(reduce(everyone), label_of, fold_of)
@@ -398,8 +401,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
-        dead = [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]
-        if dead:
+        if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
             raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
         return self
 
@@ -420,8 +422,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
     ) -> None:
         """Takes sizes from what it is to be fitted to, and those that nobody chose by the defaults."""
         config, asked, several = self.config, self._asked, len(categories) > 1
-        num_maps = 3 * len(config.timesteps) + config.discriminator
-        if raw_maps.shape[1] != num_maps:
+        if raw_maps.shape[1] != (num_maps := 3 * len(config.timesteps) + config.discriminator):
             raise ValueError(f"The raw maps must be {num_maps} of each image, got {raw_maps.shape[1]}.")
         if not any(config.weights.get(name) for name in self.score_types):
             raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
@@ -429,7 +430,7 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
         self.register_to_config(
             categories=list(categories),
             feature_channels=features.shape[1],
-            num_summaries=summaries.shape[1],
+            num_summaries=min(summaries.shape[1], MAX_SUMMARIES),
             gaussian_size=size,
             gaussian_channels=asked["gaussian_channels"] or min(192 if several else 140, features.shape[1]),
             gaussian_block=asked["gaussian_block"] or (size // 2 if several and size % 2 == 0 else 1),

@@ -131,11 +131,13 @@ def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tup
         model: Whose network to use: "synthetic", "mtd" or the id of a RAD model of the Hub.
 
     Returns:
-        result: The token that stands for this model in the other calls, and false alarms on held-out good pictures.
+        result: The token that stands for this model in the other calls, false alarms on held-out good pictures, and
+            the names of files that were left out because they are no pictures.
         pipeline: A zip of the folder that `RADPipeline.from_pretrained` loads.
     """
     token = product.fit([archive], name, model, request.session_hash)
-    return {"model": token, "self_check": product.self_check(token)}, product.save(token)
+    left_out = list(visitors.product(token).left_out)
+    return {"model": token, "self_check": product.self_check(token), "left_out": left_out}, product.save(token)
 
 
 @one_sentence

@@ -25,7 +25,7 @@ from . import models, visitors
 from .inspection import Inspection, among_good, decide, score
 from .look import RATES, empty
 from .settings import Settings
-from .words import handler, percent
+from .words import handler, percent, without_folders
 
 MAX_PICTURES = 1000
 MAX_BYTES = 100_000_000  # of one picture; archives may claim anything
@@ -78,33 +78,35 @@ class Batch:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def list_files(paths: list[str]) -> list[tuple[str, Path, zipfile.ZipInfo | None]]:
-    """Every picture in files and archives: the name to show, the file, and the member of an archive.
+def list_files(paths: list[str]) -> tuple[list[tuple[str, Path, zipfile.ZipInfo | None]], list[str]]:
+    """Every picture in files and archives: the name to show, the file, and the member of an archive; and the names of
+    what is skipped, hidden files, thumbnails and the system's.
 
     Raises:
         ValueError: There is none, or there are more than MAX_PICTURES.
     """
     files: list[tuple[str, Path, zipfile.ZipInfo | None]] = []
+    skipped: list[str] = []
     for path in map(Path, paths or []):
         try:
             members = list_members(path) if path.suffix.lower() == ".zip" else None
         except zipfile.BadZipFile:
             members = None  # a row with its error, from `fetch`
-        if members is None and foreign(Path(path.name)):
-            continue
-        if members is None:
-            files.append((path.name, path, None))
-        else:
-            files += [(f"{path.stem}/{member.filename}", path, member) for member in members]
+        for member in [None] if members is None else members:
+            name = path.name if member is None else f"{path.stem}/{member.filename}"
+            if foreign(PurePosixPath(path.name if member is None else member.filename)):
+                skipped.append(name)
+            else:
+                files.append((name, path, member))
     if not files:
         raise ValueError("Give pictures, or a zip with pictures in it.")
     if len(files) > MAX_PICTURES:
         raise ValueError(f"At most {MAX_PICTURES:,} pictures are taken at a time; these are {len(files):,}.")
-    return files
+    return files, skipped
 
 
 def list_members(path: Path) -> list[zipfile.ZipInfo]:
-    """The files in an archive, without folders and what systems hide there."""
+    """The files in an archive, without folders."""
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile
     most = 10 * MAX_PICTURES
@@ -114,8 +116,7 @@ def list_members(path: Path) -> list[zipfile.ZipInfo]:
     if entries > most:
         raise ValueError(f"{path.name} has more than {most:,} entries.")
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-    return [member for member in members if not foreign(PurePosixPath(member.filename))]
+        return [member for member in archive.infolist() if not member.is_dir()]
 
 
 def fetch(path: Path, member: zipfile.ZipInfo | None, folder: Path) -> Path:
@@ -151,7 +152,7 @@ def score_all(
     for rate in rates:
         check_rate(rate)
     models.normality(model)  # raises if there is none, once and not for each picture
-    files = list_files(paths)
+    files, _ = list_files(paths)
     batch = Batch(model, len(files), visitors.keep(owner))
     yield batch
     for name, path, member in files:
@@ -161,7 +162,7 @@ def score_all(
                 inspection = score(str(fetch(path, member, Path(temporary))), model, category)
                 row = make_row(name, inspection, folder / f"{len(batch.rows):04d}", rates)
             except (ValueError, OSError) as error:
-                row = Row(name, error=str(error))
+                row = Row(name, error=without_folders(str(error)))
         batch.rows.append(row)
         yield batch
 

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from rad.data.listing import IMAGE_SUFFIXES
 from rad.data.roles import meaning_of
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
@@ -26,13 +27,13 @@ from .words import handler
 MIN_PICTURES, MAX_PICTURES = 10, 500
 CHECKED_RATES = (0.01, 0.05, 0.1)
 MAX_NAME = 40
+PICTURES = (*IMAGE_SUFFIXES, ".zip")  # a zip among them is one that cannot be opened, and is told as such
 
 HELP = f"""
 Drop {MIN_PICTURES} or more photos of **good** parts, all taken the same way (same camera, light and pose), or a zip of
 them. The network of the chosen model stays; what is fitted is *what your good parts look like to it*. That takes about
-half a second a photo. Hidden files, thumbnails and files of the system's are skipped. The model is yours alone, works
-in the other tabs at once, and is deleted when you leave:
-download it to keep it.
+half a second a photo. Files that are no pictures by their names, hidden files and thumbnails are left out. The model
+is yours alone, works in the other tabs at once, and is deleted when you leave: download it to keep it.
 """
 NEXT = """
 #### Use it anywhere
@@ -58,14 +59,17 @@ accelerate launch training/train.py --pretrained_model_name_or_path {name} \\
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """All pictures in files and archives, at the model's resolution, and what `fit_normality` has to know of them.
+def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str, Any], list[str]]:
+    """All pictures in files and archives, at the model's resolution; what `fit_normality` has to know of them; and the
+    names of files that are left out because they bear no picture's.
 
     Raises:
         ValueError: One cannot be read or is of one colour, some are called defects or masks, or there are too few
             different ones or too many.
     """
-    files = list_files(paths)
+    files, left_out = list_files(paths)
+    foreign = [name for name, *_ in files if PurePosixPath(name).suffix.lower() not in PICTURES]
+    files, left_out = [file for file in files if file[0] not in foreign], left_out + foreign
     if len(files) > MAX_PICTURES:
         raise ValueError(
             f"At most {MAX_PICTURES} pictures are taken here, got {len(files)}; training takes any number."
@@ -94,7 +98,7 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     pictures = [resized for resized, _ in each(processor.resize)]
     check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
-    return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}
+    return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}, left_out
 
 
 def is_marked(name: str) -> bool:
@@ -109,8 +113,9 @@ def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
     name = "".join(c for c in name or "" if c.isalnum() or c in " -_")[:MAX_NAME].strip() or "my product"
     product = visitors.product(model)
     base = model if product is None else product.base
-    pictures, known = read(paths, models.load(base).pipeline.config.resolution)
-    return visitors.keep(owner, visitors.Product(name, base, models.fit(base, pictures, name, **known)))
+    pictures, known, left_out = read(paths, models.load(base).pipeline.config.resolution)
+    normality = models.fit(base, pictures, name, **known)
+    return visitors.keep(owner, visitors.Product(name, base, normality, tuple(left_out)))
 
 
 def self_check(model: str) -> list[dict]:
@@ -156,9 +161,12 @@ def report(model: str) -> str:
         for row in rows
     )
     few = " More photos narrow this." if num_good < 100 else ""
+    named = ", ".join(product.left_out[:5]) + (" ..." if len(product.left_out) > 5 else "")
+    left_out = f" {len(product.left_out)} files that are no pictures were left out: {named}." if named else ""
     return (
         f"<div class='verdict good' role='status'><strong>{html.escape(product.name)}: ready</strong>"
-        f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab.</p>"
+        f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab."
+        f"{html.escape(left_out)}</p>"
         "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
         f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "

@@ -22,11 +22,16 @@ MAX_OWN, MAX_ALL = 5, 64  # products, and as many results, of one session and of
 
 @dataclass(frozen=True)
 class Product:
-    """A visitor's own model: a base model's network with statistics of the visitor's good parts."""
+    """A visitor's own model: a base model's network with statistics of the visitor's good parts.
+
+    Attributes:
+        left_out: Names of the files that were no pictures.
+    """
 
     name: str
     base: str
     normality: NormalityModel
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass

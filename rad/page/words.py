@@ -3,17 +3,22 @@
 import functools
 import html
 import inspect
+import re
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 
 def one_sentence(action: Callable, markup: bool = False) -> Callable:
     """Shows the library's one-sentence errors as they are; `markup` where they are shown as HTML."""
 
     def translate(error: Exception) -> gr.Error:
-        return gr.Error(html.escape(str(error)) if markup else str(error), print_exception=False)
+        words = without_folders(str(error))
+        return gr.Error(html.escape(words) if markup else words, print_exception=False)
 
     @functools.wraps(action)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -33,6 +38,13 @@ def one_sentence(action: Callable, markup: bool = False) -> Callable:
 
 
 handler = functools.partial(one_sentence, markup=True)  # for actions of the page, whose errors are HTML
+
+
+def without_folders(text: str) -> str:
+    """A sentence that names uploaded files by their names, not by where the server keeps them."""
+    for folder in {tempfile.gettempdir(), str(Path(get_upload_folder()).resolve()), get_upload_folder()}:
+        text = re.sub(rf"{re.escape(folder)}/(?:[^\s/]+/)*", "", text)
+    return text
 
 
 def odds(p_value: float, resolution: float) -> str:

@@ -1,12 +1,21 @@
 """Training batches: the same whoever asks for them, and really augmented."""
 
+import os
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 
-from rad.data.batches import Draw, TrainingCollator, TrainingImages, TrainingSampler, crop_and_rotate
+from rad.data.batches import (
+    DecodedImages,
+    Draw,
+    TrainingCollator,
+    TrainingImages,
+    TrainingSampler,
+    crop_and_rotate,
+)
 
 SAMPLER = {"num_images": 10, "resolution": 64, "crop_size": 32, "crop_prob": 0.5, "seed": 3}
 
@@ -152,3 +161,23 @@ def test_rotation_share_is_the_one_asked_for():
     plain = TrainingCollator(50)(items(draws[:1]))["x_0"][0]
     changed = (collate(items(draws))["x_0"] - plain).abs().amax((1, 2, 3)) > 1e-3
     assert 0.24 < changed.float().mean() < 0.36
+
+
+# Given to other processes
+
+
+def test_a_thousand_images_take_one_file_handle_when_another_process_is_given_them():
+    decoded = DecodedImages({i: torch.full((3, 2, 2), i % 256, dtype=torch.uint8) for i in range(0, 2000, 2)})
+    images = TrainingImages(None, list(decoded), [0] * 2000, None, decoded)
+    before = len(os.listdir("/proc/self/fd"))
+    content = ForkingPickler.dumps(images)  # as a worker that is not forked gets it
+    assert len(os.listdir("/proc/self/fd")) < before + 10
+    again = ForkingPickler.loads(content)
+    assert torch.equal(again._image(7), decoded[14]) and again._image(7).unique().tolist() == [14]
+
+
+def test_images_of_8_bits_beside_floats_become_floats():
+    images = {3: torch.full((3, 2, 2), 255, dtype=torch.uint8), 5: torch.full((3, 2, 2), 0.25)}
+    decoded = DecodedImages(images)
+    assert decoded[3].unique().tolist() == [1.0] and decoded[5].unique().tolist() == [0.25]
+    assert list(decoded) == [3, 5] and len(DecodedImages({})) == 0

@@ -465,10 +465,104 @@ def test_what_a_hub_data_set_lacks_is_named(hub_folder, arguments, message):
         load_rows(hub_folder, **arguments)
 
 
+# KolektorSDD, KolektorSDD2, DAGM and MVTec 3D-AD, as their authors publish them
+
+
+@pytest.fixture
+def kolektor(tmp_path) -> Path:
+    for item in range(1, 7):
+        for part in range(2):
+            write_image(tmp_path / f"kos{item:02d}" / f"Part{part}.jpg")
+            defect = [(2, 3, 255)] if (item, part) in ((2, 1), (5, 0)) else []
+            write_mask(tmp_path / f"kos{item:02d}" / f"Part{part}_label.bmp", *defect)
+    return tmp_path
+
+
+@pytest.fixture
+def kolektor2(tmp_path) -> Path:
+    for split, first in (("train", 10000), ("test", 20000)):
+        for number in range(first, first + 3):
+            write_image(tmp_path / split / f"{number}.png")
+            write_mask(tmp_path / split / f"{number}_GT.png", *([(2, 3, 255)] if number % 10 == 1 else []))
+    return tmp_path
+
+
+@pytest.fixture
+def dagm(tmp_path) -> Path:
+    for category in ("Class1", "Class2"):
+        for split, names in (("Train", ("0576", "0577")), ("Test", ("0001", "0002"))):
+            for name in names:
+                write_image(tmp_path / category / split / f"{name}.PNG")
+            write_mask(tmp_path / category / split / "Label" / f"{names[1]}_label.PNG", (2, 3, 255))
+            (tmp_path / category / split / "Label" / "Labels.txt").write_text("1\n1\t0\t0576.PNG\t0\t0\n")
+    return tmp_path
+
+
+@pytest.fixture
+def mvtec_3d(tmp_path) -> Path:
+    for split, kind in (("train", "good"), ("validation", "good"), ("test", "good"), ("test", "crack")):
+        write_image(tmp_path / "bagel" / split / kind / "rgb" / "000.png")
+        (tmp_path / "bagel" / split / kind / "xyz").mkdir()
+        (tmp_path / "bagel" / split / kind / "xyz" / "000.tiff").write_bytes(b"a cloud of points")
+    write_mask(tmp_path / "bagel" / "test" / "good" / "gt" / "000.png")
+    write_mask(tmp_path / "bagel" / "test" / "crack" / "gt" / "000.png", (2, 3, 255))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        ("kolektor", ["kos01/Part0", "kos01/Part1", "kos02/Part0", "kos03/Part0", "kos03/Part1", "kos04/Part0",
+                      "kos04/Part1", "kos06/Part0", "kos06/Part1"],
+         ["kos02/Part1 crack", "kos05/Part0 crack", "kos05/Part1"]),
+        ("kolektor2", ["train/10000", "train/10002"], ["test/20000", "test/20001 defect", "test/20002"]),
+        ("dagm", ["Train/0576"] * 2, ["Test/0001", "Test/0002 defect"] * 2),
+        ("mvtec_3d", ["rgb/000"], ["rgb/000 crack", "rgb/000"]),
+    ],
+)  # fmt: skip
+def test_data_as_its_authors_publish_it(name, train, test, request):
+    def told(split: str) -> list[str]:
+        samples = load_dataset(request.getfixturevalue(name), split=split).samples
+        return [f"{s.image.parent.name}/{s.image.stem}{f' {s.defect}' if s.label else ''}" for s in samples]
+
+    assert told("train") == train and told("test") == test
+    dataset = load_dataset(request.getfixturevalue(name), name, "test")
+    masks = [np.argwhere(dataset.mask(i)).tolist() for i in range(len(dataset))]
+    assert masks == [[[2, 3]] if sample.label else [] for sample in dataset]
+
+
+@pytest.mark.parametrize(("name", "ending"), [("kolektor", "Part0_label.bmp"), ("kolektor2", "10002_GT.png")])
+def test_an_image_of_which_no_mask_tells_whether_it_is_good_is_refused(name, ending, request):
+    root = request.getfixturevalue(name)
+    path = next(root.rglob(f"*{ending}"))
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{ending}, which tells whether its image is good, cannot be read"):
+        load_dataset(root)
+
+
+def test_labels_of_no_image_are_refused(dagm):
+    (dagm / "Class2" / "Train" / "0577.PNG").unlink()
+    with pytest.raises(ValueError, match="1 labels in .*Class2.*, such as 0577_label, are of no image"):
+        load_dataset(dagm)
+
+
+def test_a_defect_of_mvtec_3d_without_a_mask_is_named(mvtec_3d):
+    (mvtec_3d / "bagel" / "test" / "crack" / "gt" / "000.png").unlink()
+    with pytest.raises(ValueError, match="names 1 files that do not exist, .*crack/gt/000.png"):
+        load_dataset(mvtec_3d, split="test")
+
+
+def test_the_validation_split_of_mvtec_3d_is_apart(mvtec_3d):
+    assert len(load_dataset(mvtec_3d, split="validation")) == 1
+
+
 # Any layout
 
 
-@pytest.mark.parametrize("name", ["mvtec", "mvtec_ad_2", "mvtec_loco", "visa", "mtd", "real_iad"])
+@pytest.mark.parametrize(
+    "name",
+    "mvtec mvtec_ad_2 mvtec_loco mvtec_3d visa mtd real_iad kolektor kolektor2 dagm".split(),
+)
 def test_layouts_are_told_apart(name, request):
     assert detect_format(request.getfixturevalue(name)) == name
 
@@ -483,6 +577,10 @@ def test_layouts_are_told_apart(name, request):
         ("btad", "<category>/train/ok"),
         ("mtd", "MT_Free"),
         ("real_iad", "realiad_jsons/<category>.json"),
+        ("mvtec_3d", "<category>/train/good/rgb"),
+        ("kolektor", "kos01/Part0.jpg"),
+        ("kolektor2", "train/10000.png"),
+        ("dagm", "Class1/Train/0576.PNG"),
     ],
 )
 def test_a_wrong_layout_says_what_was_found_and_expected(tmp_path, name, expected):
@@ -493,7 +591,7 @@ def test_a_wrong_layout_says_what_was_found_and_expected(tmp_path, name, expecte
         load_dataset(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["mvtec", "visa", "mtd", "real_iad", "labelled"])
+@pytest.mark.parametrize("name", ["mvtec", "visa", "mtd", "real_iad", "kolektor", "kolektor2", "dagm", "labelled"])
 def test_most_layouts_have_no_validation_split(name, request):
     with pytest.raises(ValueError, match="must be 'train' or 'test', got 'validation'"):
         load_dataset(request.getfixturevalue(name), split="validation")

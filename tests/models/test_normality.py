@@ -17,6 +17,7 @@ from skimage.measure import block_reduce
 from sklearn.covariance import LedoitWolf
 
 from rad import NormalityModel
+from rad.models import normality as normality_module
 from rad.models.evidence import SCORE_TYPES, Evidence
 from rad.models.gaussian import Moments, fit_gaussian
 
@@ -879,3 +880,20 @@ def test_half_precision_changes_little(model, fitted_on, tmp_path):
 def test_one_category_at_the_default_sizes_is_under_10_mb(tmp_path):
     NormalityModel(num_scores=1000).half().save_pretrained(tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10e6
+
+
+# Backbones with more channels than a covariance has room for
+
+
+def test_of_very_many_summaries_evenly_picked_ones_are_kept(fitted_on, tmp_path, monkeypatch):
+    """Those picked alone give the same distances; what is saved is as small, and loads."""
+    monkeypatch.setattr(normality_module, "MAX_SUMMARIES", 3)
+    model, every = fit(*fitted_on), summarise(fitted_on[0])
+    assert model.config.num_summaries == 3 < every.shape[1]
+    assert model.global_whitening.shape == (6,)
+    kept = every[:, [0, every.shape[1] // 3, 2 * every.shape[1] // 3]]
+    labels = [0] * len(every)
+    distance = model.global_distance(every, labels)
+    assert torch.equal(distance, model.global_distance(kept, labels))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(NormalityModel.from_pretrained(tmp_path).global_distance(every, labels), distance)

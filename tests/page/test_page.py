@@ -14,12 +14,13 @@ import gradio as gr
 import numpy as np
 import pytest
 from conftest import size_of
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from rad import RADPipeline, RADRestorationOutput
 from rad.models.false_alarms import check_rate
 from rad.page import batch, catalogue, inspection, look, models, product, visitors, why
-from rad.page.words import describe, handler, odds, percent
+from rad.page.words import describe, handler, odds, percent, without_folders
 
 
 @pytest.fixture(autouse=True)
@@ -561,6 +562,27 @@ def test_defects_and_masks_in_an_archive_are_not_fitted_to(good_files, page_mode
 
 
 def test_a_bad_file_among_good_ones_is_named(good_files, page_model, tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match=r"notes\.txt.* Take it out and try again"):
-        product.fit([*good_files, str(tmp_path / "notes.txt")], "nut", page_model, "visitor")
+    (tmp_path / "cut.png").write_bytes(Path(good_files[0]).read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"^/.*/cut\.png is truncated .* Take it out and try again"):
+        product.fit([*good_files, str(tmp_path / "cut.png")], "nut", page_model, "visitor")
+
+
+def test_files_that_are_no_pictures_are_left_out_and_told(good_files, page_model, tmp_path):
+    with zipfile.ZipFile(tmp_path / "parts.zip", "w") as archive:
+        for i, path in enumerate(good_files):
+            archive.write(path, f"{i}.png")
+        archive.writestr("Thumbs.db", b"x")
+        archive.writestr("readme.txt", "good parts")
+    (tmp_path / "<notes>.txt").write_text("no picture")
+    paths = [str(tmp_path / name) for name in ("parts.zip", "<notes>.txt")]
+    told = product.report(product.fit(paths, "nut", page_model, "visitor"))
+    assert "3 files that are no pictures were left out: " in told
+    assert all(name in told for name in ("parts/Thumbs.db", "parts/readme.txt", "&lt;notes&gt;.txt"))
+    with pytest.raises(ValueError, match="Give at least 10 good pictures, got 0"):
+        product.fit(paths[1:], "nut", page_model, "visitor")
+
+
+def test_errors_name_uploads_without_the_server_s_folders(tmp_path):
+    path = Path(get_upload_folder()) / "ab12" / "my part.png"
+    assert without_folders(f"{path} is not an image.") == "my part.png is not an image."
+    assert without_folders("Give 1/2 of /tmp or so.") == "Give 1/2 of /tmp or so."

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from validation import validate
 
-from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADUNet2DModel
+from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADScheduler, RADUNet2DModel
 from rad.data import load_dataset
 from rad.data.synthetic import write_synthetic
 from rad.losses import compute_losses
@@ -801,3 +801,53 @@ def test_a_refused_token_costs_no_training(hub, photos, tmp_path):
             photos, tmp_path / "model", "--push_to_hub", "--hub_model_id", "user/rad-bricks", "--hub_token", "hf_no"
         )
     assert not checkpoints_of(tmp_path / "model")
+
+
+# -- networks that do not fit are refused before the first step -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "40"], "--resolution must be a multiple of 16 pixels, got 40"),
+        (["--resolution", "16"], "at least 64 pixels with the backbone tf_efficientnet_lite0, got 16"),
+        (["--resolution", "32"], "at least 64 pixels .* got 32"),
+        (["--resolution", "48"], "at least 64 pixels .* got 48"),
+        (["--max_timestep", "1001"], "--max_timestep must be at most 1000, the chain's length, got 1001"),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_the_first_step(photos, tmp_path, flags, message, monkeypatch):
+    monkeypatch.setattr(train, "read_images", lambda *_: pytest.fail("images are read first"))
+    with pytest.raises(ValueError, match=message):
+        run("--train_data_dir", photos, "--output_dir", tmp_path / "model", *SMALL, *flags)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "resolution", "message"),
+    [
+        ("convnext_atto", 64, "at least 128 pixels with the backbone convnext_atto, got 64"),
+        ("swin_tiny_patch4_window7_224", 256, r"swin_.* cannot be used at 256 x 256 pixels: Input height"),
+    ],
+)
+def test_a_backbone_that_cannot_be_read_at_this_size_is_refused(backbone, resolution, message):
+    extractor = RADFeatureExtractor(backbone)
+    unet = RADUNet2DModel.from_pretrained(NETWORK.name)
+    config = dict(unet.config) | {"feature_channels": extractor.num_channels, "wiener": False}
+    scheduler = RADScheduler(prediction_type="epsilon")
+    pipeline = RADPipeline(RADUNet2DModel(**config), scheduler, extractor, resolution=resolution)
+    with pytest.raises(ValueError, match=message):
+        train.check_networks(argparse.Namespace(max_timestep=500), pipeline)
+
+
+def test_a_backbone_with_many_channels_is_fitted_saved_and_loaded(good_images, tmp_path):
+    """ResNets give 11,136 numbers of an image as a whole."""
+    extractor = RADFeatureExtractor("resnet26")
+    unet = RADUNet2DModel.from_pretrained(NETWORK.name)
+    config = dict(unet.config) | {"feature_channels": extractor.num_channels, "wiener": False}
+    pipeline = RADPipeline(RADUNet2DModel(**config), RADScheduler(prediction_type="epsilon"), extractor, resolution=64)
+    train.check_networks(argparse.Namespace(max_timestep=500), pipeline)
+    pipeline.fit_normality(good_images[:6], gaussian_channels=16)
+    pipeline.save_pretrained(tmp_path)
+    loaded = RADPipeline.from_pretrained(tmp_path)
+    assert loaded.normality.config.num_summaries == 2048 < extractor.num_summaries == 11136
+    assert loaded(good_images[0]).score[0] == pytest.approx(pipeline(good_images[0]).score[0], abs=1e-4)
