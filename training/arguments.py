@@ -137,13 +137,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--gradient_accumulation_steps", type=positive, default=1, help="Batches per step.")
     add("--max_train_steps", type=positive, help="3000 by default.")
     add("--num_train_epochs", type=positive, help="In place of --max_train_steps.")
-    add("--max_timestep", type=positive, default=500, help="t lies below this; RAN: 1000.")
-    add(
-        "--timestep_power",
-        type=float,
-        default=1.0,
-        help="t / max_timestep is a uniform number to this power; 1 for uniform t, as RAN, more for more of small t.",
-    )
+    add("--max_timestep", type=positive, default=500, help="t is uniform below this; RAN: 1000.")
     add("--feature_loss_weight", type=float, default=1.0, help="Of L_feat.")
     add("--snr_gamma", type=float, help="Weigh the noise loss by min(SNR, gamma) / SNR; 5 is usual.")
     add(

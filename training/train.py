@@ -161,7 +161,6 @@ def train_unet(
     )
     collate = TrainingCollator(
         args.max_timestep,
-        timestep_power=args.timestep_power,
         unknown_label=len(categories) if categories else None,
         label_dropout=args.label_dropout,
         rotation=args.rotation,

@@ -186,9 +186,7 @@ class TrainingCollator:
     """Makes a batch of `TrainingImages` items: augmented images, defects, noise and timesteps.
 
     Args:
-        max_timestep: t lies in 0 .. max_timestep - 1.
-        timestep_power: t / max_timestep is a uniform number to this power: 1 for uniform t (RAN), more for more of
-            small t.
+        max_timestep: t is uniform in 0 .. max_timestep - 1.
         unknown_label: The class label that takes the place of some; None for no labels.
         label_dropout: Share of the labels that it takes the place of, so that the network also learns to do without
             (RAN: 0).
@@ -197,7 +195,6 @@ class TrainingCollator:
     """
 
     max_timestep: int
-    timestep_power: float = 1.0
     unknown_label: int | None = None
     label_dropout: float = 0.1
     rotation: float = 0.0
@@ -218,7 +215,7 @@ class TrainingCollator:
         batch = {
             "x_0": crop_and_rotate(x_0, size, u[4:6], angles, flips),
             "noise": noise,
-            "timesteps": (u[6] ** self.timestep_power * self.max_timestep).long().clamp_max(self.max_timestep - 1),
+            "timesteps": (u[6] * self.max_timestep).long().clamp_max(self.max_timestep - 1),
             "indices": torch.tensor([draw.index for draw in draws]),
         }
         if any(item.other is not None for item in items):
