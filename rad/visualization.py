@@ -12,7 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -345,6 +345,30 @@ def restoration_figure(
         row[-1].set_title("distance, good images' deviations", fontsize=8)
         row[-1].tick_params(labelsize=8)
     return _render(figure)
+
+
+def restoration_sheet(
+    pairs: Sequence[tuple[Image.Image, Image.Image]], captions: Sequence[str], side: int = 160, num_columns: int = 6
+) -> Image.Image:
+    """A contact sheet of images and what they were restored to, side by side, to be judged by eye, RGB.
+
+    Args:
+        pairs: Both pictures of each image.
+        captions: A few words below each pair.
+        side: Of each picture's square.
+        num_columns: Pairs in a row.
+    """
+    rows, columns = -(-len(pairs) // num_columns), min(num_columns, len(pairs))
+    font, gap = ImageFont.load_default(13), 10
+    width, height = 2 * side + gap, side + 20 + gap
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (pair, caption) in enumerate(zip(pairs, captions, strict=True)):
+        left, top = gap + number % num_columns * width, gap + number // num_columns * height
+        for place, picture in enumerate(pair):
+            sheet.paste(ImageOps.fit(picture.convert("RGB"), (side, side)), (left + place * side, top))
+        draw.text((left, top + side + 3), caption, "black", font)
+    return sheet
 
 
 def encode_map(anomaly_map: np.ndarray) -> Image.Image:

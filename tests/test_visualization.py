@@ -8,7 +8,14 @@ import pytest
 from PIL import Image
 
 from rad import visualization
-from rad.visualization import encode_map, results_figure, score_figure, title_of, verdict_picture
+from rad.visualization import (
+    encode_map,
+    restoration_sheet,
+    results_figure,
+    score_figure,
+    title_of,
+    verdict_picture,
+)
 
 GOOD = np.linspace(-2.0, 2.0, 41)
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -95,3 +102,13 @@ def test_a_results_figure_claims_no_rarer_p_value_than_the_good_images_bear_out(
 
 def test_titles_are_the_registrys():
     assert title_of("pixel") == "KL" and title_of("global") == "whole image" and title_of("truth") == "truth"
+
+
+def test_a_sheet_shows_each_image_beside_what_it_became():
+    pairs = [(Image.new("RGB", (50, 40), (i, 0, 0)), Image.new("RGB", (50, 40), (0, i, 0))) for i in range(1, 6)]
+    sheet = restoration_sheet(pairs, ["found"] * 5, side=30, num_columns=2)
+    assert sheet.size == (2 * 70 + 10, 3 * 60 + 10)
+    for i in range(5):
+        x, y = 10 + i % 2 * 70 + 15, 10 + i // 2 * 60 + 15
+        assert sheet.getpixel((x, y)) == (i + 1, 0, 0) and sheet.getpixel((x + 30, y)) == (0, i + 1, 0)
+    assert restoration_sheet(pairs[:1], ["found"], side=30).size == (80, 70)

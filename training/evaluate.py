@@ -50,12 +50,14 @@ from rad.image_reader import decode
 from rad.metrics import IMAGE_METRICS, PIXEL_METRICS, psnr
 from rad.models.evidence import SCORE_TYPES
 from rad.pipeline_loading import EMBEDDED_MODELS
-from rad.report import PUBLISHED, draw_category, draw_figures, summary_tables, to_html, to_markdown
+from rad.report import PUBLISHED, Picture, draw_category, draw_figures, summary_tables, to_html, to_markdown
 from rad.truths import Survey, share_work, survey
+from rad.visualization import OUTLINE, outline, restoration_sheet
 
 RATES = (0.01, 0.05, 0.1)  # false-alarm rates that are checked
 ALPHAS = [i / 10 for i in range(11)]
 CATEGORY = "{category}"
+SHEET_SIDE = 160  # pixels of a picture on the contact sheet of restorations
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -176,12 +178,27 @@ def restore(
         "passed": not restored.is_anomalous[0],
         "steps": len(restored.distances[0]) - 1,
     }
+    pair = decode(image, pixel_range), restored.images[0]
+    for picture in pair:
+        picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    found["pair"] = (outline(pair[0], resize_mask(record.mask(), pair[0].size[::-1]), OUTLINE), pair[1])
     if outside.any():
         found["psnr"] = min(psnr(before, after, mask=outside), 100.0)  # equal pixels count as 100 dB
     if isinstance(dataset, DrawnDefects):
         good = np.asarray(decode(dataset.original(record.index), pixel_range), np.float64) / 255
         found["psnr_inside"] = min(psnr(good, after, mask=mask), 100.0)
     return found
+
+
+def draw_restorations(restorations: list[dict[str, Any]]) -> Picture:
+    """All of them on one sheet."""
+    captions = []
+    for restored in restorations:
+        before = "found" if restored["was_found"] else "not found"
+        captions.append(f"{before}, {'good' if restored['passed'] else 'still odd'} afterwards")
+    sheet = restoration_sheet([restored["pair"] for restored in restorations], captions, SHEET_SIDE)
+    words = "Images with the outline of their defects, and what they were restored to; verdicts at 1 %."
+    return Picture(sheet, words, lossless=False)
 
 
 def measure_category(records: list[Record], score_type: str) -> dict[str, Any]:
@@ -377,6 +394,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.figures:
         sweep = results["alpha_sweep"]
         figures = draw_figures(dataset, found.records, found.paper_records, sweep, found.restored)
+    if found.restorations:
+        figures["restored"] = draw_restorations(found.restorations)
     for name, picture in figures.items():
         (folder / "figures").mkdir(exist_ok=True)
         with whole(folder / "figures" / f"{name}.png") as partial:

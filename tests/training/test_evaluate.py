@@ -460,10 +460,28 @@ def test_defects_pasted_on_training_images_and_the_papers_figures_of_calibrated_
     results = run(model, data_dir, tmp_path, *more)
     assert results["num_good"] == results["num_anomalous"] == 4 and results["alpha_sweep"]["0.5"]["aupro"] > 0
     restored = results["restoration"]
+    assert size_of(tmp_path / "figures" / "restored.png") == (2 * 160 + 20, 160 + 40)
     assert restored["num_images"] == 1 and 0 < restored["psnr_inside_mask_median_db"] < 60
     assert restored["psnr_inside_mask_median_db"] < restored["psnr_outside_mask_median_db"]
     methods, paper = (size_of(tmp_path / "figures" / f"{name}.png") for name in ("methods", "kl_and_fused"))
     assert methods[0] > paper[0]  # more scores than the paper's
+
+
+def test_unreadable_images_are_left_out_only_when_asked_and_named_from_the_data_folder_on(
+    model, data_dir, tmp_path, capsys
+):
+    root = tmp_path / "parts"
+    shutil.copytree(data_dir / "capsule", root / "capsule")
+    cut = root / "capsule" / "test" / "good" / "001.png"
+    cut.write_bytes(cut.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"capsule/test/good/001\.png is truncated"):
+        run(model, root, tmp_path / "results")
+    assert not (tmp_path / "results" / "results.json").exists()
+    results = run(model, root, tmp_path / "results", "--skip_unreadable")
+    assert results["num_good"] == 2
+    (told,) = results["truth"]["unreadable"]
+    assert told.startswith("parts/capsule/test/good/001.png is truncated") and str(tmp_path) not in told
+    assert f"Not measured: {cut} is truncated" in capsys.readouterr().out
 
 
 def test_a_data_set_of_the_hub(whole, model, data_dir, tmp_path):
