@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from .data.defects import DEFECTS, add_defect
@@ -13,6 +14,7 @@ from .image_processor import to_pil
 from .metrics import psnr
 from .pipeline_rad import RADPipeline
 from .scheduler_rad import RADScheduler, antithetic_noise
+from .visualization import denoising_figure
 
 BLURS = (0.0, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # standard deviations in pixels
 RESPACED_STEPS = (5, 25, 50, 100)  # of 250: 20, 100, 201 and 401 of the full chain
@@ -45,7 +47,7 @@ class DenoiserQuality:
         return self.psnr - self.blur_psnr
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_denoiser(
     pipeline: RADPipeline,
     x_0: torch.Tensor,
@@ -84,6 +86,22 @@ def measure_denoiser(
         kl_defect = float(np.mean(odd)) if odd else float("nan")
         found.append(DenoiserQuality(timestep, denoised, float(best), ratio, kl_good, kl_defect))
     return found
+
+
+def draw_denoising(
+    pipeline: RADPipeline,
+    image: torch.Tensor,
+    category: str | None = None,
+    timesteps: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Image.Image:
+    """The picture beside these figures: a good image [3, S, S] with a defect drawn on it, if any can be seen, noised,
+    denoised and compared at each timestep; arguments as in `measure_denoiser`."""
+    timesteps = list(timesteps or pipeline.scheduler.steps_of_250(list(RESPACED_STEPS)))
+    x_0 = _with_defect(image, 0, seed)[0][-1:]
+    found = pipeline.measure(x_0, [category], timesteps, 1, seed)
+    shown = x_0.expand(len(timesteps), -1, -1, -1)
+    return denoising_figure(timesteps, shown, found.x_t[0], found.x0_hat[0], found.kl[0], found.error[0])
 
 
 def _with_defect(image: torch.Tensor, number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -101,14 +101,20 @@ def results_figure(
 
 
 def denoising_figure(
-    x_0: torch.Tensor, x_t: torch.Tensor, x0_hat: torch.Tensor, kl: torch.Tensor, error: torch.Tensor
+    timesteps: Sequence[int],
+    x_0: torch.Tensor,
+    x_t: torch.Tensor,
+    x0_hat: torch.Tensor,
+    kl: torch.Tensor,
+    error: torch.Tensor,
 ) -> Image.Image:
-    """What the denoiser makes of images at one timestep, a row for each, RGB.
+    """What the denoiser makes of one image, a row for each of T timesteps, RGB.
 
     Args:
-        x_0, x_t, x0_hat: Clean, noised and denoised images [B, 3, S, S] in [-1, 1].
-        kl: KL in bits, [B, S, S].
-        error: Squared feature error, [B, g, g].
+        timesteps: Of the full chain, [T].
+        x_0, x_t, x0_hat: The image, noised and denoised, [T, 3, S, S] in [-1, 1].
+        kl: KL in bits, [T, S, S].
+        error: Squared feature error, [T, g, g].
     """
     titles = ("x_0", "x_t", "x0_hat", "KL, bits", "feature error")
     figure = Figure(figsize=(2.2 * len(titles), 2.2 * len(x_0) + 0.3), dpi=100, layout="constrained")
@@ -116,10 +122,14 @@ def denoising_figure(
     maps = [m.float().cpu().numpy() for m in (kl, error)]
     for i, axes in enumerate(figure.subplots(len(x_0), len(titles), squeeze=False)):
         for axis, values, title in zip(axes, (*pictures, *maps), titles, strict=True):
-            shown = {} if values.ndim == 4 else {"cmap": "inferno", "vmin": 0, "vmax": np.quantile(values, 0.999)}
+            # KL falls by orders of magnitude from step to step: each has its own range
+            is_map = values.ndim == 3
+            shown = {"cmap": "inferno", "vmin": 0, "vmax": np.quantile(values[i], 0.999)} if is_map else {}
             axis.imshow(values[i], **shown)
             axis.set_axis_off()
             axis.set_title(title if i == 0 else "", fontsize=10)
+        place = {"transform": axes[0].transAxes, "rotation": 90, "ha": "right", "va": "center"}
+        axes[0].text(-0.06, 0.5, f"t = {timesteps[i]}", **place)
     return _render(figure)
 
 

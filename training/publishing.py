@@ -13,6 +13,7 @@ import diffusers
 import torch
 from checkpoints import room_for
 from huggingface_hub import CommitInfo, HfApi
+from PIL import Image
 
 from rad import RADPipeline
 from rad.data.summary import DataSummary
@@ -23,6 +24,11 @@ from rad.image_reader import ImageInput
 from rad.model_card import create_model_card
 from rad.pipeline_loading import COMPONENTS
 from rad.visualization import results_figure
+
+SHOWN = (
+    "![An image, noised, denoised and compared](denoising.png)\n\n*A held-out good image with a drawn defect, what it "
+    "is noised to, what the network makes of that, KL and feature error.*"
+)
 
 
 def create_repo(args: argparse.Namespace) -> str:
@@ -66,15 +72,16 @@ def write_card(
     metrics: dict[str, float | str],
     summary: DataSummary | None = None,
     denoising: Sequence[DenoiserQuality] = (),
+    denoised: Image.Image | None = None,
 ) -> None:
-    """README.md, the model card, and results.png, the picture in it.
+    """README.md, the model card, and the pictures in it, results.png and denoising.png.
 
     Args:
         num_train, num_holdout: Good images for training and held out.
         pictured: Images to show results on; without any there is no picture.
         metrics: Measured on the test split, by name, or why one is not defined; empty if there is none.
         summary: What was read of the data set.
-        denoising: How the network denoises held-out good images.
+        denoising, denoised: How the network denoises held-out good images, and the picture of it.
     """
     words = [word for i, word in enumerate(sys.argv) if "--hub_token" not in (word, sys.argv[i - 1])]
     words = [Path(word).name if Path(word).is_absolute() else word for word in words if "--hub_token=" not in word]
@@ -100,23 +107,24 @@ def write_card(
         metrics={name: metrics} if metrics else None,
         training=facts,
         summary=summary and summary.to_markdown(),
-        denoising=quality_table(denoising) if denoising else None,
+        denoising=quality_table(denoising) + ("\n\n" + SHOWN if denoised else "") if denoising else None,
         picture="results.png" if pictured else None,
         datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
     )
-    figure = results_figure(pipeline, pictured) if pictured else None
+    figures = {"results.png": results_figure(pipeline, pictured) if pictured else None, "denoising.png": denoised}
     with room_for("The model card", output_dir / "README.md"):
-        if figure:
-            with whole(output_dir / "results.png") as partial:
-                figure.save(partial)
+        for file, figure in figures.items():
+            if figure is not None:
+                with whole(output_dir / file) as partial:
+                    figure.save(partial)
         with whole(output_dir / "README.md") as partial:
             card.save(partial)
 
 
 def push(args: argparse.Namespace, has_picture: bool) -> CommitInfo:
-    """Uploads the pipeline, its code, its card and the picture in it, and nothing else of the output directory."""
+    """Uploads the pipeline, its code, its card and the pictures in it, and nothing else of the output directory."""
     saved = {"README.md", "model_index.json", f"{CODE}.py", *COMPONENTS}
-    saved |= {"results.png"} if has_picture else set()
+    saved |= {"denoising.png", *(["results.png"] if has_picture else [])}
     files = {n: path for n, path in list_files(Path(args.output_dir)).items() if n.split("/")[0] in saved}
     private = args.hub_private_repo or None
     return upload(args.hub_model_id, files, "End of training", private=private, token=args.hub_token)

@@ -46,7 +46,7 @@ from rad import RADFeatureExtractor, RADImageProcessor, RADPipeline, RADSchedule
 from rad.data import AnomalyDataset
 from rad.data.batches import DecodedImages, TrainingCollator, TrainingImages, TrainingSampler
 from rad.data.dataset import evenly
-from rad.denoising import measure_denoiser, quality_table
+from rad.denoising import draw_denoising, measure_denoiser, quality_table
 from rad.files import remove_partials
 from rad.losses import compute_losses
 from rad.models.guided_diffusion import load_guided_diffusion
@@ -374,9 +374,10 @@ def main(args: argparse.Namespace) -> None:
     category = {i: dataset[i].category for i in data.readable}
     shown = [(holdout or train)[i] for i in evenly(len(holdout or train), NUM_DENOISED)]
     x_0, _ = processor.preprocess([image[i] for i in shown])
-    denoising = []
+    denoising, denoised = [], None
     if accelerator.is_main_process:
         denoising = measure_denoiser(pipeline, x_0, [category[i] for i in shown])
+        denoised = draw_denoising(pipeline, x_0[0], category[shown[0]])
         told = f"Denoising {len(shown)} {'held-out' if holdout else 'of the'} good images:"
         logger.info(f"{told}\n{quality_table(denoising)}")
     if not args.fit_only:
@@ -429,7 +430,7 @@ def main(args: argparse.Namespace) -> None:
         shown = defective or [dataset[i].image for i in holdout or train]
         pictured = [shown[i] for i in evenly(len(shown), 3)]
     if accelerator.is_main_process:
-        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, data.summary, denoising)
+        write_card(args, pipeline, len(train), len(holdout), pictured, metrics, data.summary, denoising, denoised)
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args, has_picture=bool(pictured)).commit_url}.")
     accelerator.end_training()

@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from rad import RADPipeline
-from rad.denoising import mean_psnr
+from rad.denoising import draw_denoising, measure_denoiser, quality_table
 from rad.losses import ran_losses
-from rad.visualization import denoising_figure
 
 logger = logging.getLogger("rad.train")
 
@@ -40,8 +39,8 @@ def validate(
     labels: torch.Tensor | None,
     step: int,
 ) -> None:
-    """Reports losses of held-out images under fixed noise, averaged over RAN's timesteps, how well they are denoised
-    at each, and a picture at the middle one.
+    """Reports losses of held-out images under fixed noise, averaged over RAN's timesteps, whether the network denoises
+    them better than a blur does, and a picture of one with a drawn defect.
 
     Args:
         unet: The pipeline's, as it is trained.
@@ -49,26 +48,25 @@ def validate(
         labels: Their class labels, [B], for a network with categories.
         step: How many steps the optimiser has made.
     """
-    scheduler, timesteps, losses = pipeline.scheduler, pipeline.scheduler.default_timesteps, []
-    psnr = {}
+    scheduler, losses = pipeline.scheduler, []
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
     features = pipeline.feature_extractor(x_0)
-    for timestep in timesteps:
+    for timestep in scheduler.default_timesteps:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
         x_t = scheduler.add_noise(x_0, noise, t)
         output = unet(x_t, t, labels)  # on every process: a sharded network needs all of them
-        batch = {"x_0": x_0, "noise": noise, "timesteps": t}
-        losses.append(ran_losses(output, scheduler, batch, x_t, features))
-        psnr[timestep] = mean_psnr(scheduler.predict_x0(output.sample, x_t, t).clamp(-1, 1), x_0)
-        if timestep == timesteps[len(timesteps) // 2] and accelerator.is_main_process:
-            kl, x0_hat = scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)
-            error = (output.features.float() - features).square().mean(1)
-            picture = denoising_figure(x_0, x_t, x0_hat, kl.mean(1), error)
+        losses.append(ran_losses(output, scheduler, {"x_0": x_0, "noise": noise, "timesteps": t}, x_t, features))
+    known = list(pipeline.unet.config.categories)
+    categories = [None] * len(x_0) if labels is None else [known[label] for label in labels.tolist()]
+    quality = measure_denoiser(pipeline, x_0, categories)
+    picture = draw_denoising(pipeline, x_0[0], categories[0])
+
     noise_loss, bound, feature = torch.stack(losses).mean(0).tolist()
     values = {"validation_noise_loss": noise_loss, "validation_vlb_loss": bound, "validation_feature_loss": feature}
-    accelerator.log(values | {f"validation_psnr_{t}": value for t, value in psnr.items()}, step=step)
-    told = ", ".join(f"{value:.1f} dB at t = {t}" for t, value in psnr.items())
-    logger.info(f"Step {step}: PSNR of x0_hat of held-out images {told}.")
+    for q in quality:
+        values |= {f"validation_psnr_{q.timestep}": q.psnr, f"validation_gain_{q.timestep}": q.gain}
+    accelerator.log(values, step=step)
+    logger.info(f"Step {step}, {len(x_0)} held-out images:\n{quality_table(quality)}")
     if accelerator.is_main_process:
         folder = Path(accelerator.project_dir) / "validation"
         folder.mkdir(exist_ok=True)
