@@ -33,7 +33,7 @@ from .pipeline_restoration import RADRestorationMixin
 from .scheduler_rad import RADScheduler
 
 EMBEDDED_DIR = Path(__file__).parent / "pretrained"
-EMBEDDED_MODELS = ("synthetic", "mtd")
+EMBEDDED_MODELS = ("synthetic", "mtd", "paper")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the U-Net
 COMPONENTS = {
     "unet": RADUNet2DModel,
@@ -73,7 +73,8 @@ class RADLoaderMixin(DiffusionPipeline):
 
     @classmethod
     def from_embedded(cls, name: str = "synthetic", **kwargs: Any) -> Any:
-        """A pipeline that comes with the package: "synthetic" (eight categories) or "mtd" (magnetic tiles)."""
+        """A pipeline that comes with the package: "synthetic" (eight categories), "mtd" (magnetic tiles) or "paper"
+        (impurities in eight papers)."""
         if name not in EMBEDDED_MODELS:
             raise ValueError(
                 f"The embedded models are {', '.join(EMBEDDED_MODELS)}; got {str(name)!r}. "

@@ -11,6 +11,7 @@ from .image_processor import paste, to_pil
 from .image_reader import PipelineImageInput, decode
 from .models.evidence import FUSED
 from .pipeline_arguments import (
+    RESTORATION_STEPS,
     as_seed,
     batches,
     check_images,
@@ -22,7 +23,12 @@ from .pipeline_arguments import (
 from .pipeline_output import Pictures, RADRestorationOutput, pictures_as
 from .scheduler_rad import antithetic_noise
 
-NUM_ROUNDS = 3  # of denoising, at most: what still looks odd after one is removed by the next
+# What is done to an image while it is anomalous, and the Mahalanobis score at which the gradient stops: 0 is that of a
+# typical good image. What still looks odd after one round is removed by the next
+ROUNDS = {
+    "denoising": [("denoising", 0.0)] * 3 + [("gradient", 0.0), ("gradient", -1.0)],
+    "gradient": [("gradient", 0.0)],
+}
 NUM_ESTIMATES = 2  # means of what may be below the noise, before anything is sampled
 RESTORED_STEP = 100  # of 250: what is noised so far keeps its layout, and no defect
 
@@ -54,7 +60,8 @@ class RADRestorationMixin:
         "denoising" suits networks that have learned to remove defects together with the noise: estimates of the good
         image, noised and sampled from the diffusion model, of which only what is not normal is taken at every step (as
         in RePaint, Lugmayr et al., CVPR 2022). While an image still is anomalous, this is done again, in up to three
-        rounds, with other noise and also where it looks odd now. What makes an image no better is not taken.
+        rounds, with other noise and also where it looks odd now; then the gradient finishes it. What makes an image no
+        better is not taken.
 
         "gradient" is RAN's gradient denoising (algorithm 1): the gradient of the Mahalanobis distance removes the
         anomaly, the diffusion model removes the gradient's noise. The distance is squared here, so that the worst
@@ -111,18 +118,19 @@ class RADRestorationMixin:
             steps: list[list[torch.Tensor]] = [[one] for one in x_0]
 
             # 2. Move it towards good images, step by step
-            for number in range(NUM_ROUNDS if method == "denoising" else 1):
+            for number, (way, goal) in enumerate(ROUNDS[method]):
                 wanted = change.flatten(1).any(1).cpu().numpy() & ((p_value <= false_alarm_rate) | (number == 0))
                 running = np.flatnonzero(wanted).tolist()
                 if not running:
                     break
                 names, x = [categories[i] for i in running], torch.stack([steps[i][-1] for i in running])
-                if method == "denoising":
-                    moves = self._sample(x_0[running], change[running], names, num_steps, x, seed + number)
+                count = num_steps if way == method else RESTORATION_STEPS[way]
+                if way == "denoising":
+                    moves = self._sample(x_0[running], change[running], names, count, x, seed + number)
                 else:
-                    moves = self._follow_gradient(x_0[running], change[running], names, num_steps, *settings)
+                    moves = self._follow_gradient(x, change[running], names, count, goal, *settings)
                 made: list[list[torch.Tensor]] = [[] for _ in running]
-                with self.progress_bar(total=num_steps) as progress:
+                with self.progress_bar(total=count) as progress:
                     for moved in moves:
                         for place, one in moved.items():
                             made[place].append(one)
@@ -212,11 +220,12 @@ class RADRestorationMixin:
         change: torch.Tensor,
         categories: Sequence[str],
         num_steps: int,
+        goal: float,
         step_size: float,
         denoise_every: int,
         anneal: float,
     ) -> Iterator[dict[int, torch.Tensor]]:
-        """Gradient denoising; arguments as in `_sample` and `restore`.
+        """Gradient denoising until the Mahalanobis score is below a goal; arguments as in `_sample` and `restore`.
 
         Yields:
             The images after each step, by position in the batch, of those that are not typical good ones yet.
@@ -224,7 +233,7 @@ class RADRestorationMixin:
         x, numbers, running = x_0.clone(), self.normality.labels_of(categories), list(range(len(x_0)))
         for step in range(num_steps):
             distance, gradient = self._distance_gradient(x[running], [numbers[i] for i in running])
-            far = (distance > 0).tolist()
+            far = (distance > goal).tolist()
             running = [i for i, go in zip(running, far, strict=True) if go]
             if not running:
                 break

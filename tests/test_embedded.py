@@ -14,12 +14,20 @@ from rad import RADPipeline
 from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 EXAMPLES = sorted((EMBEDDED_DIR / "examples").glob("*.png"))
+PAPERS = sorted((EMBEDDED_DIR / "examples" / "paper").glob("*.png"))
 MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
 def synthetic():
     pipeline = RADPipeline.from_embedded("synthetic")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def paper():
+    pipeline = RADPipeline.from_embedded("paper")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -42,6 +50,20 @@ def test_examples_are_judged_right(synthetic, path):
     assert output.category == [category]
     assert output.is_anomalous[0] == (kind != "good")
     assert bool(output.regions[0]) == (kind != "good")
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=[path.stem for path in PAPERS])
+def test_papers_are_judged_right(paper, path):
+    output = paper(path)
+    assert output.is_anomalous[0] == (not path.stem.endswith("good"))
+    assert bool(output.regions[0]) == (not path.stem.endswith("good"))
+
+
+def test_photographs_of_others_are_named_with_their_licence():
+    """CC BY asks for it wherever they are passed on."""
+    for folder in (EMBEDDED_DIR / "examples" / "paper", EMBEDDED_DIR / "paper"):
+        text = (folder / "README.md").read_text()
+        assert "CC BY 4.0" in text and "Bianconi" in text and "Computers in Industry" in text
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)

@@ -8,7 +8,7 @@ import torch
 from conftest import new_pipeline
 from PIL import Image
 
-from rad import RADPipeline, RADScheduler, RADUNet2DModel
+from rad import RADPipeline, RADScheduler, RADUNet2DModel, pipeline_restoration
 
 SPOT = (slice(20, 36), slice(24, 40))  # rows and columns
 
@@ -60,17 +60,33 @@ def test_what_is_sampled_is_noised_as_each_timestep_says(knowing, good_images):
         assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05, t
 
 
-def test_a_restoration_that_fails_says_so(knowing, good_images):
-    """The network finds nothing wrong: in three rounds nothing gets better, and the image stays as it was."""
+@pytest.fixture
+def blind(knowing, good_images):
+    """A network that finds nothing wrong with the image with a spot."""
     bad = with_spot(good_images[0])
     pixels = torch.from_numpy(np.array(bad)).permute(2, 0, 1)[None] / 127.5 - 1
     forward = knowing.unet.forward
     knowing.unet.forward = lambda *args: replace(forward(*args), sample=pixels.expand_as(args[0]).clone())
     knowing.seen.clear()
-    restored = knowing.restore(bad, false_alarm_rate=0.05)
+    return knowing
+
+
+def test_a_restoration_that_fails_says_so(blind, good_images, monkeypatch):
+    """In three rounds nothing gets better, and the image stays as it was."""
+    monkeypatch.setitem(pipeline_restoration.ROUNDS, "denoising", [("denoising", 0.0)] * 3)
+    bad = with_spot(good_images[0])
+    restored = blind.restore(bad, false_alarm_rate=0.05)
     assert restored.is_anomalous[0] and restored.p_value[0] <= 0.05
     assert np.array_equal(np.asarray(restored.images[0]), np.asarray(bad)) and len(restored.distances[0]) == 1
-    assert sum(len(t) == 1 for _, t in knowing.seen) == 3 * 22  # each round's two estimates see two draws each
+    assert sum(len(t) == 1 for _, t in blind.seen) == 3 * 22  # each round's two estimates see two draws each
+
+
+def test_the_gradient_finishes_what_the_network_does_not_remove(blind, good_images, monkeypatch):
+    monkeypatch.setitem(pipeline_restoration.RESTORATION_STEPS, "gradient", 12)
+    restored = blind.restore(with_spot(good_images[0]), false_alarm_rate=0.05)
+    (p_value,) = blind(with_spot(good_images[0])).p_value
+    assert restored.p_value[0] > p_value and len(restored.distances[0]) in (13, 25)  # one round of it, or both
+    assert restored.distances[0][-1] < restored.distances[0][0]
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4, 7])

@@ -37,7 +37,7 @@ def inspect(
 
     Args:
         image: The picture: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
-        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        model: "synthetic", "mtd", "paper", the id of a RAD model of the Hub, or the token that fit_product returned.
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
@@ -59,7 +59,7 @@ def explain(image: str, model: str, category: str, request: gr.Request) -> tuple
 
     Args:
         image: The picture of a part: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
-        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        model: "synthetic", "mtd", "paper", the id of a RAD model of the Hub, or the token that fit_product returned.
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
@@ -83,7 +83,7 @@ def restore(image: str, model: str, category: str, request: gr.Request) -> tuple
 
     Args:
         image: The picture of a part: PNG, JPEG, BMP, TIFF, WebP, GIF or PPM.
-        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        model: "synthetic", "mtd", "paper", the id of a RAD model of the Hub, or the token that fit_product returned.
         category: Which kind of part it is, one of describe_model's categories; empty to find out.
 
     Returns:
@@ -108,7 +108,7 @@ def inspect_batch(
 
     Args:
         archive: A zip of pictures.
-        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        model: "synthetic", "mtd", "paper", the id of a RAD model of the Hub, or the token that fit_product returned.
         category: Which kind of part all are, one of describe_model's categories; empty to find out for each.
         false_alarm_rate: Share of good parts that may be called defective, between 0 and 1.
 
@@ -128,7 +128,7 @@ def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tup
     Args:
         archive: A zip of pictures of good parts, all taken the same way.
         name: What to call the product.
-        model: Whose network to use: "synthetic", "mtd" or the id of a RAD model of the Hub.
+        model: Whose network to use: "synthetic", "mtd", "paper" or the id of a RAD model of the Hub.
 
     Returns:
         result: The token that stands for this model in the other calls, false alarms on held-out good pictures, and
@@ -145,7 +145,7 @@ def describe_model(model: str) -> dict[str, Any]:
     """Tells what a model knows: its categories, measured results and card; a model of the Hub is loaded.
 
     Args:
-        model: "synthetic", "mtd", the id of a RAD model of the Hub, or the token that fit_product returned.
+        model: "synthetic", "mtd", "paper", the id of a RAD model of the Hub, or the token that fit_product returned.
 
     Returns:
         result: Categories, good images behind the thresholds, resolution, timesteps, parameters, results and card.

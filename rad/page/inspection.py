@@ -24,7 +24,7 @@ from .look import data_uri, empty, layers
 from .settings import Settings
 from .words import describe, handler, percent
 
-EXAMPLES_MODEL = "synthetic"
+EXAMPLES = EMBEDDED_DIR / "examples"  # those of "synthetic"; other models' are in folders of their names
 MAX_PIXELS = 30e6  # of a picture: what is made of it at its own size takes 16 bytes for each
 VIEW_SIDE = 768  # pixels of the longer side of what is shown
 SHOWN_REGIONS = 8
@@ -257,7 +257,8 @@ def on_save(inspection: Inspection | None, rate: float, request: gr.Request) -> 
 
 
 def build(settings: Settings) -> None:
-    examples = sorted(str(path) for path in (EMBEDDED_DIR / "examples").glob("*.png"))
+    examples = [(path, path.parent.name) for path in sorted(EXAMPLES.glob("*/*.png"))]  # photographs first
+    examples += [(path, "synthetic") for path in sorted(EXAMPLES.glob("*.png"))]
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             image = gr.Image(
@@ -278,7 +279,7 @@ def build(settings: Settings) -> None:
             button = gr.Button("Inspect", variant="primary", size="lg")
             gr.Markdown("**Or pick an example, good or bad**")
             pick = gr.Gallery(
-                [(path, Path(path).stem.replace("_", " ")) for path in examples],
+                [(str(path), path.stem.replace("_", " ")) for path, _ in examples],
                 label="Examples, good or bad",
                 show_label=False,
                 columns=3,
@@ -349,7 +350,8 @@ def build(settings: Settings) -> None:
     gr.on([image.clear, image.upload], **clearing)
 
     def choose(event: gr.SelectData) -> tuple[str, str, str]:
-        return examples[event.index], EXAMPLES_MODEL, models.AUTO
+        path, model = examples[event.index]
+        return str(path), model, models.AUTO
 
     chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")
     # The picture may be another, or gone, by the time that one is scored, and again when it is drawn

@@ -31,7 +31,7 @@ else:
     gpu = spaces.GPU  # does nothing where there is no ZeroGPU
 
 AUTO = "Detect automatically"
-NAMES = {"synthetic": "Eight synthetic products", "mtd": "Magnetic tiles (MTD)"}
+NAMES = {"synthetic": "Eight synthetic products", "mtd": "Magnetic tiles (MTD)", "paper": "Eight papers (PIPED)"}
 DEFAULT_MODEL = EMBEDDED_MODELS[0]
 MAX_DOWNLOAD = 300e6  # bytes of weights that a visitor may have downloaded
 MAX_LOADED = 4  # models of the Hub; those offered to everybody stay

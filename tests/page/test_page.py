@@ -222,7 +222,7 @@ def test_few_models_stay_in_memory_beside_those_offered(page_model, hub, two_cat
 def test_no_path_of_the_server_is_shown(page_model, monkeypatch, two_category_pipeline, tmp_path):
     two_category_pipeline.save_pretrained(tmp_path / "parts")
     monkeypatch.setenv("RAD_MODEL", str(tmp_path / "parts"))
-    assert list(models.offered()) == ["parts", "synthetic", "mtd"]
+    assert list(models.offered()) == ["parts", "synthetic", "mtd", "paper"]
     assert models.categories("parts") == ["brick", "gravel"]
     with pytest.raises(ValueError) as error:
         models.load(str(tmp_path / "parts"))

@@ -218,7 +218,7 @@ def test_test_images_and_masks_that_cannot_be_read_are_left_out(pipeline, data_d
     (folder / "brick" / "ground_truth" / kind.name / "other_mask.png").write_bytes(b"no mask")
     found, still = measured(folder, tmp_path, pipeline)
     assert found == expected and still == defective
-    assert "Not measured: broken.png" in caplog.text and "other.png cannot be read" in caplog.text
+    assert f"Not measured: {kind / 'broken.png'}" in caplog.text and "other.png cannot be read" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
