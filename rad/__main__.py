@@ -1,11 +1,12 @@
 """Scores one picture from the command line: `python -m rad part.png --output heatmap.png`.
 
-Exit status: 0 for a good part, 1 for a defect, 2 for an error.
+Exit status: 0 for a good part, 3 for a defect, 2 for an error; 1 is Python's own, where it could not even start.
 """
 
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from rad import RADPipeline
@@ -49,7 +50,7 @@ def main() -> int:
         f"95 % confidence). {seconds:.1f} s."
     )
     print(f"Read: {describe(Path(args.image))}. Heatmap: {path.resolve()}")
-    return int(output.is_anomalous[0])
+    return 3 if output.is_anomalous[0] else 0
 
 
 if __name__ == "__main__":
@@ -57,4 +58,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, OSError) as error:  # argparse's own errors have the status 2 too
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception:  # no sentence of ours: all of it
+        traceback.print_exc()
+    sys.exit(2)

@@ -6,6 +6,7 @@ Needs torch, NumPy and Pillow; 16-bit colour needs tifffile and imagecodecs, HEI
 import importlib
 import io
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -113,7 +114,8 @@ def peak(image: ImageInput) -> int | None:
     if isinstance(image, str | Path):
         try:
             with Image.open(Path(image).expanduser(), formats=FORMATS) as header:
-                if header.mode not in DEEP_MODES and not is_deep_colour(header):
+                several = getattr(header, "is_animated", False)  # of which another one may be the picture
+                if header.mode not in DEEP_MODES and not is_deep_colour(header) and not several:
                     return None
         except Exception:  # `read` says what is wrong, if anything is
             pass
@@ -171,22 +173,24 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image | np.ndarray:
     # An image opened by the caller is decoded only here, hence the same rules as for a path.
     if image.format not in (None, "MPO", *FORMATS):  # Pillow opens a JPEG with further pictures as MPO
         raise ValueError(f"{name} is of the format {image.format}, which is not one of {', '.join(FORMATS)}.")
+    try:
+        page = _main_page(image)
+    except Exception as error:  # Pillow's parsers raise many types on damaged pages
+        raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
+    if page is None:
+        raise ValueError(f"{name} has more than one frame: give a single frame.")
     _check_size(*image.size, name)
     if image.mode not in MODES:
         raise ValueError(f"{name} has the pixel mode {image.mode}, which is not one of {', '.join(MODES)}.")
     try:
-        page = _main_page(image)
-        if page is not None:
-            deep = image.fp if is_deep_colour(image) else None
-            tags = image.tag_v2 if image.format == "TIFF" else {}
-            is_inverted, bits = tags.get(PHOTOMETRIC) == 0, max(tags.get(BITS, (16,)))
-            if deep is None:
-                image.load()
-                image = ImageOps.exif_transpose(image)
+        deep = image.fp if is_deep_colour(image) else None
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        is_inverted, bits = tags.get(PHOTOMETRIC) == 0, max(tags.get(BITS, (16,)))
+        if deep is None:
+            image.load()
+            image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise many types on damaged pixels
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
-    if page is None:
-        raise ValueError(f"{name} has more than one frame: give a single frame.")
     if deep is not None:
         pixels = _deep_pixels(deep, image.format, name, page)
         return _from_array(_upright(pixels, image.getexif().get(0x0112, 1)), name)
@@ -209,40 +213,47 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image | np.ndarray:
 
 
 def _main_page(image: Image.Image) -> int | None:
-    """Turns a file to its one picture and says which of its frames that is; None where it has several.
+    """Turns a file that is not decoded yet to its one picture, and says which of its frames that is; None where it has
+    several.
 
-    A TIFF's thumbnails are those that say so, and smaller pages that show the same.
+    A TIFF's thumbnails are those that say so, and up to two pages of half the side or less that show the same.
     """
-    count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if count == 1 or image.format != "TIFF" or count > MAX_PAGES:
-        return 0 if count == 1 else None
-    sizes, full = {}, []
-    for page in range(count):
-        image.seek(page)
-        sizes[page] = image.size
-        if not image.tag_v2.get(SUBFILE_TYPE, 0) & 1 and image.tag_v2.get(OLD_SUBFILE_TYPE) != 2:
-            full.append(page)
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return 0
+    if image.format != "TIFF" or not image.tile:  # decoded by the caller: who knows which page is meant
+        return None
+    sizes, full = [], []
+    try:
+        for page in range(MAX_PAGES + 1):  # not `n_frames`, which follows links through all of a hostile file
+            image.seek(page)
+            sizes.append(image.size)
+            if not image.tag_v2.get(SUBFILE_TYPE, 0) & 1 and image.tag_v2.get(OLD_SUBFILE_TYPE) != 2:
+                full.append(page)
+    except EOFError:
+        pass
     main = max(full, key=lambda page: sizes[page][0] * sizes[page][1], default=0)
-    for page in full:
-        if page != main and not _shows_the_same(image, page, sizes[page], main, sizes[main]):
+    others = [page for page in full if page != main]
+    is_small = all(2 * sizes[page][0] <= sizes[main][0] for page in others)
+    if len(sizes) > MAX_PAGES or len(others) > 2 or not is_small or max(sizes[main]) > MAX_SIDE:
+        return None
+    if others:
+        shown = [_look_of(image, page) for page in (main, *others)]
+        one_shape = all(
+            abs(sizes[page][0] * sizes[main][1] - sizes[page][1] * sizes[main][0]) <= max(sizes[main])
+            for page in others
+        )
+        if not one_shape or any(np.abs(look - shown[0]).mean() > 0.1 for look in shown[1:]):
             return None
     image.seek(0 if main else 1)  # so that the page is as it was opened, with nothing of it decoded
     image.seek(main)
     return main
 
 
-def _shows_the_same(
-    image: Image.Image, page: int, size: tuple[int, int], main: int, main_size: tuple[int, int]
-) -> bool:
-    """Whether a page is another one made smaller."""
-    one_shape = abs(size[0] * main_size[1] - size[1] * main_size[0]) <= max(main_size)
-    if not one_shape or size[0] >= main_size[0] or max(main_size) > MAX_SIDE:
-        return False
+def _look_of(image: Image.Image, page: int) -> np.ndarray:
+    """A page in 16 x 16 greys from 0 to 1, whatever its own range."""
     image.seek(page)
-    small = np.asarray(image.convert("F"))
-    image.seek(main)
-    large = np.asarray(image.convert("F").resize(size, Image.Resampling.BOX))
-    return bool(np.abs(small - large).mean() <= 0.1 * (large.max() - large.min()))
+    pixels = np.asarray(image.convert("F").resize((16, 16), Image.Resampling.BOX))
+    return (pixels - pixels.min()) / max(float(pixels.max() - pixels.min()), 1e-6)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image | np.ndarray:
@@ -307,7 +318,8 @@ def _deep_pixels(file: BinaryIO, format: str | None, name: str, number: int | No
             pixels = reader.png_decode(file.read())
         else:
             with reader.TiffFile(file) as tiff:
-                full = [page for page in tiff.pages if not page.subfiletype & 1] or [tiff.pages[0]]
+                pages = islice(tiff.pages, MAX_PAGES)
+                full = [page for page in pages if not page.subfiletype & 1] or [tiff.pages[0]]
                 page = full[0] if number is None else tiff.pages[number]
                 _check_size(page.imagewidth, page.imagelength, name)
                 if (number is None and len(full) > 1) or page.imagedepth > 1:
@@ -318,7 +330,10 @@ def _deep_pixels(file: BinaryIO, format: str | None, name: str, number: int | No
                 if page.planarconfig == 2 and pixels.ndim == 3:
                     pixels = pixels.transpose(1, 2, 0)
                 if page.photometric == 0:
-                    pixels = (1 if pixels.dtype.kind == "f" else 2**page.bitspersample - 1) - pixels
+                    if pixels.dtype.kind not in "uf":
+                        raise ValueError("white is 0 in it and numbers are signed")
+                    grey = pixels[..., :1] if pixels.ndim == 3 else pixels  # beside it there is opacity
+                    grey[...] = (1 if pixels.dtype.kind == "f" else 2**page.bitspersample - 1) - grey
     except Exception as error:  # so many types on damaged pixels
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded ({error}).") from error
     if pixels.ndim == 3 and pixels.shape[2] == 2:  # grey and opacity

@@ -101,7 +101,9 @@ def create_model_card(
     if summary:
         paragraphs.append("## Data\n\n" + summary)
     if denoising:
-        paragraphs.append("## Denoising\n\nHeld-out good images beside their best Gaussian blur.\n\n" + denoising)
+        paragraphs.append(
+            "## Denoising\n\nGood images, held out if any are, beside their best Gaussian blur.\n\n" + denoising
+        )
     paragraphs.append(_use_and_limits(pipeline))
     return ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(paragraphs) + "\n")
 

@@ -1,5 +1,6 @@
 """Where pipelines come from and where they go: embedded models, folders, the Hub; and what is refused."""
 
+import copy
 import json
 import os
 import sys
@@ -182,12 +183,11 @@ class RADLoaderMixin(DiffusionPipeline):
 
     def _not_compiled(self) -> Any:
         """A pipeline of the same networks as they were before `torch.compile`, whose class nobody could load."""
-        parts = {
-            name: getattr(module, "_orig_mod", module) if is_compiled_module(module) else module
-            for name, module in self.components.items()
-        }
-        config = self.config
-        return type(self)(**parts, resolution=config.resolution, num_noise_samples=config.num_noise_samples)
+        twin = copy.copy(self)  # not a new one, which would take parts to float32
+        for name, module in self.components.items():
+            if is_compiled_module(module):
+                setattr(twin, name, module._orig_mod)
+        return twin
 
     def _not_finite(self) -> str | None:
         """The first weight or statistic that is NaN or infinite."""

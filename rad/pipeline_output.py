@@ -59,7 +59,7 @@ class Decision:
 
 class Maps(Mapping[str, Stack]):
     """Maps by name, kept as they were computed and resized when they are asked for: at the size of large photographs
-    all of them together would fill the memory.
+    all of them together would fill the memory. So take `maps[name]` once, not in a loop over images.
 
     Args:
         small: Of each score [B, g, g].

@@ -376,7 +376,7 @@ def restoration_sheet(
     for number, (pair, caption) in enumerate(zip(pairs, captions, strict=True)):
         left, top = gap + number % num_columns * width, gap + number // num_columns * height
         for place, picture in enumerate(pair):
-            sheet.paste(ImageOps.fit(picture.convert("RGB"), (side, side)), (left + place * side, top))
+            sheet.paste(ImageOps.pad(picture.convert("RGB"), (side, side), color="white"), (left + place * side, top))
         draw.text((left, top + side + 3), caption, "black", font)
     return sheet
 

@@ -115,11 +115,13 @@ def test_the_exit_status_tells_a_good_part_from_an_error(tmp_path, monkeypatch, 
     told = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
     assert len(told) == 3 and told[0] == "FileNotFoundError: There is no image file at nowhere.png."
     assert not (tmp_path / "other.png").exists()
+    monkeypatch.setattr(RADPipeline, "load", lambda *_: 1 / 0)  # what nobody thought of
+    assert command_line(monkeypatch, good) == 2 and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_command_line_scores_a_picture(tmp_path, monkeypatch, capsys):
     bad = next(path for path in EXAMPLES if not path.stem.endswith("good"))
-    assert command_line(monkeypatch, bad, "--output", tmp_path / "out" / "heatmap.png") == 1
+    assert command_line(monkeypatch, bad, "--output", tmp_path / "out" / "heatmap.png") == 3
     told = capsys.readouterr().out
     assert "DEFECT" in told and "pixels, 8-bit" in told and str(tmp_path / "out" / "heatmap.png") in told
     assert size_of(tmp_path / "out" / "heatmap.png") == size_of(bad)

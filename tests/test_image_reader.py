@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from rad import image_reader
+from rad.data.summary import look_at
 from rad.image_processor import RADImageProcessor
 from rad.image_reader import peak, read
 
@@ -570,3 +571,40 @@ def test_a_tiff_of_two_different_pages_is_refused(tmp_path):
             writer.write(rng.integers(0, 256, (32, 24)).astype(np.uint8))
             writer.write(rng.integers(0, 256, size).astype(np.uint8))
         refuse(tmp_path / "part.tif", "more than one frame")
+
+
+def test_a_12_bit_picture_behind_a_thumbnail_of_8_bits_is_one_of_12_bits(tmp_path):
+    pixels = np.linspace(0, 4095, 64 * 48).reshape(64, 48).astype(np.uint16)
+    with tifffile.TiffWriter(tmp_path / "part.tif") as writer:
+        writer.write((pixels[::8, ::8] // 16).astype(np.uint8))
+        writer.write(pixels)
+    assert np.array_equal(read(tmp_path / "part.tif")[..., 0], pixels)
+    assert peak(tmp_path / "part.tif") == 4095
+    assert look_at(tmp_path / "part.tif") == ((48, 64), "16-bit grey", 4095)
+
+
+def test_the_page_that_is_decoded_is_the_one_that_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_reader, "MAX_SIDE", 100)
+    with tifffile.TiffWriter(tmp_path / "wide.tif") as writer:
+        writer.write(np.zeros((4, 4), np.uint8), subfiletype=1)
+        writer.write(np.zeros((4, 101), np.uint8))
+    refuse(tmp_path / "wide.tif", "frame|101 x 4 pixels")
+    with tifffile.TiffWriter(tmp_path / "many.tif") as writer:
+        for _ in range(40):
+            writer.write(np.zeros((4, 4), np.uint8), subfiletype=1)
+    refuse(tmp_path / "many.tif", "more than one frame")
+
+
+def test_of_a_picture_that_the_caller_has_decoded_no_other_page_is_taken(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "part.tif") as writer:
+        writer.write(np.zeros((32, 24), np.uint8))
+        writer.write(np.zeros((8, 6), np.uint8), subfiletype=1)
+    with Image.open(tmp_path / "part.tif") as image:
+        image.load()
+        refuse(image, "more than one frame")
+
+
+def test_opacity_stays_where_white_is_0(tmp_path):
+    pixels = np.array([[[200, 255], [55, 255]]], np.uint8)
+    tifffile.imwrite(tmp_path / "white.tif", pixels, photometric="miniswhite", extrasamples=["unassalpha"])
+    assert np.asarray(read(tmp_path / "white.tif"))[..., 0].tolist() == [[55, 200]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from scipy.ndimage import label
 
 from rad import RADPipeline, RADScheduler, RADUNet2DModel
@@ -470,7 +471,12 @@ def test_model_index_names_our_classes(pipeline, tmp_path):
 def test_a_compiled_network_is_saved_as_what_it_was(pipeline, good_images, tmp_path):
     compiled = pipeline.with_normality(pipeline.normality)
     compiled.unet = torch.compile(compiled.unet)
+    compiled.normality.half()
     compiled.save_pretrained(tmp_path)
+    assert compiled.normality.location.dtype == torch.half, "saving changes what is saved"
+    compiled.normality.float()
+    with safe_open(tmp_path / "normality" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_tensor("location").dtype == torch.half
     loaded = RADPipeline.from_pretrained(tmp_path)
     assert type(loaded.unet) is RADUNet2DModel and not isinstance(compiled.unet, RADUNet2DModel)
     assert loaded(good_images[0]).score[0] == pytest.approx(pipeline(good_images[0]).score[0], rel=1e-4)

@@ -111,4 +111,8 @@ def test_a_sheet_shows_each_image_beside_what_it_became():
     for i in range(5):
         x, y = 10 + i % 2 * 70 + 15, 10 + i // 2 * 60 + 15
         assert sheet.getpixel((x, y)) == (i + 1, 0, 0) and sheet.getpixel((x + 30, y)) == (0, i + 1, 0)
+    long = Image.new("RGB", (100, 400), "grey")
+    long.paste((255, 0, 0), (0, 390, 100, 400))  # a defect at its end
+    reds = np.asarray(restoration_sheet([(long, long)], ["found"], side=80)).astype(int) @ [1, -1, 0]
+    assert reds.max() > 100
     assert restoration_sheet(pairs[:1], ["found"], side=30).size == (80, 70)

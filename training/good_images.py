@@ -166,5 +166,6 @@ def decode_images(
             f"Images of {len(sizes)} different sizes, most often {width} x {height}, are all resized to "
             f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
         )
-    kept = {index: image for index, (image, *_) in results.items() if image is not None}
-    return sorted(results), DecodedImages(kept)
+    readable = sorted(results)
+    kept = {index: results.pop(index)[0] for index in readable}
+    return readable, DecodedImages({index: image for index, image in kept.items() if image is not None})

@@ -26,8 +26,8 @@ from rad.pipeline_loading import COMPONENTS
 from rad.visualization import results_figure
 
 SHOWN = (
-    "![An image, noised, denoised and compared](denoising.png)\n\n*A held-out good image with a drawn defect, what it "
-    "is noised to, what the network makes of that, KL and feature error.*"
+    "![An image, noised, denoised and compared](denoising.png)\n\n*A good image, held out if any are, with a drawn "
+    "defect; what it is noised to, what the network makes of that, KL and feature error.*"
 )
 
 

@@ -108,18 +108,18 @@ def check_networks(args: argparse.Namespace, pipeline: RADPipeline) -> None:
     least = 4 * max(extractor.network.feature_info.reduction())  # images are also looked at at a quarter of their size
     if size < least:
         raise ValueError(f"--resolution must be at least {least} pixels with the backbone {backbone}, got {size}.")
-    if args.max_timestep > scheduler.config.num_train_timesteps:
+    if not args.fit_only and args.max_timestep > scheduler.config.num_train_timesteps:
         most = scheduler.config.num_train_timesteps
         raise ValueError(f"--max_timestep must be at most {most}, the chain's length, got {args.max_timestep}.")
     if extractor.num_channels > LIMITS["feature_channels"]:
         most, own = LIMITS["feature_channels"], extractor.num_channels
         raise ValueError(f"--backbone may have {most:,} channels in all its stages, but {backbone} has {own:,}.")
     try:
-        evidence = RADPipeline(pipeline.unet, scheduler, extractor, resolution=size).measure(
-            torch.zeros(1, 3, size, size)
-        )
-        if evidence.summaries.shape[1] != extractor.num_summaries:
+        x_0 = torch.zeros(1, 3, size, size)
+        stages = extractor.stages(x_0)
+        if extractor.join(stages).shape[1] != extractor.num_channels:
             raise ValueError("its stages have other channels than it says")
+        extractor.summary(x_0, stages)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(f"The backbone {backbone} cannot be used at {size} x {size} pixels: {error}.") from error
 

@@ -109,14 +109,18 @@ class DecodedImages(Mapping[int, torch.Tensor]):
     handle, of which there are about a thousand.
 
     Args:
-        images: [3, S, S] each, uint8 or, if any of them is, float in [0, 1].
+        images: [3, S, S] each, uint8 or float in [0, 1]; where any is, all become float. They are taken out of the
+            dictionary one after another, so that there are never two copies of all.
     """
 
-    def __init__(self, images: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, images: dict[int, torch.Tensor]) -> None:
         self.rows = {index: row for row, index in enumerate(images)}
-        of_one_type = {image.dtype for image in images.values()} == {torch.uint8}
-        pixels = [image if of_one_type or image.is_floating_point() else image / 255 for image in images.values()]
-        self.pixels = torch.stack(pixels) if pixels else torch.empty(0)
+        is_float = any(image.is_floating_point() for image in images.values())
+        shape = next(iter(images.values())).shape if images else ()
+        self.pixels = torch.empty(len(images), *shape, dtype=torch.float32 if is_float else torch.uint8)
+        for index, row in self.rows.items():
+            image = images.pop(index)
+            self.pixels[row] = image / 255 if is_float and not image.is_floating_point() else image
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.pixels[self.rows[index]]

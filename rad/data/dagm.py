@@ -23,10 +23,10 @@ def load_dagm(root: Path, split: str, categories: list[str] | None = None) -> li
     samples = []
     for category in pick_categories(root, available, categories):
         folder = root / category / split.capitalize()
-        if not folder.is_dir():
-            raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
+        if not (folder / "Label").is_dir():
+            raise ValueError(f"Category {category!r} is not whole: {folder / 'Label'} does not exist.")
         images = list_images(folder)
-        labels = {path.stem: path for path in list_images(folder / "Label")} if (folder / "Label").is_dir() else {}
+        labels = {path.stem: path for path in list_images(folder / "Label")}
         lost = sorted(labels.keys() - {f"{image.stem}_label" for image in images})
         if lost:
             raise ValueError(f"{len(lost)} labels in {folder / 'Label'}, such as {lost[0]}, are of no image.")

@@ -5,21 +5,21 @@ Intelligent Manufacturing 2020), eight photographs of each of 50 items:
 
     kos01/Part0.jpg, Part0_label.bmp, ...
 
-Good images of every fifth item and all defects are the test set: photographs of one item stay together.
+Good images of every fifth item and all defects are the test set. Good images of one item stay together; nearly every
+item has one defect, so that good photographs of the same item are trained on.
 
 KolektorSDD2 (Bozic et al., "Mixed supervision for surface-defect detection", Computers in Industry 2021):
 
     train/10000.png, 10000_GT.png, ..., test/20000.png, 20000_GT.png, ...
+
+Its archive also holds copies, "10301 (copy).png", which are left out.
 """
 
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from ..image_reader import FORMATS
 from .dataset import Sample, wrong_layout
 from .listing import list_images, subfolders
+from .masks import read_mask
 
 
 def load_kolektor(root: Path, split: str, categories: list[str] | None = None) -> list[Sample]:
@@ -29,8 +29,8 @@ def load_kolektor(root: Path, split: str, categories: list[str] | None = None) -
     Raises:
         ValueError: The layout is another one, another category is asked for, or an image has no mask that can be read.
     """
-    items = [folder for folder in subfolders(root) if any(folder.glob("*_label.bmp"))]
-    if not items:
+    items = [folder for folder in subfolders(root) if list_images(folder)]
+    if not any(root.glob("*/*_label.bmp")):
         raise wrong_layout(root, "KolektorSDD", "kos01/Part0.jpg and kos01/Part0_label.bmp")
     _check_category("KolektorSDD", "commutator", categories)
     samples = []
@@ -59,26 +59,15 @@ def _samples(folder: Path, ending: str, category: str, defect: str) -> list[Samp
     """The images in a folder, each with a mask beside it that bears its name and this ending."""
     samples = []
     for image in list_images(folder):
-        if image.name.endswith(ending):
+        if image.name.endswith(ending) or image.stem.endswith("(copy)"):
             continue
         mask = image.with_name(image.stem + ending)
-        is_good = is_empty(mask)
-        samples.append(Sample(image, category, *(("good",) if is_good else (defect, mask))))
+        try:
+            is_bad = read_mask(mask, image).pixels.any()
+        except ValueError as error:
+            raise ValueError(f"Only masks tell which images in {folder} are good: {error}") from error
+        samples.append(Sample(image, category, *((defect, mask) if is_bad else ("good",))))
     return samples
-
-
-def is_empty(mask: Path) -> bool:
-    """Whether a mask marks nothing.
-
-    Raises:
-        ValueError: It does not exist or cannot be read.
-    """
-    try:
-        with Image.open(mask, formats=FORMATS) as opened:
-            return not np.asarray(opened).any()
-    except Exception as error:  # Pillow's parsers raise many types on damaged files
-        message = f"The mask {mask}, which tells whether its image is good, cannot be read ({error})."
-        raise ValueError(message) from error
 
 
 def _check_category(layout: str, name: str, wanted: list[str] | None) -> None:

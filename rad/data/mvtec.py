@@ -91,7 +91,9 @@ def load_mvtec_3d(root: Path, split: str, categories: list[str] | None = None) -
         if not folder.is_dir():
             raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
         for kind in subfolders(folder):
-            images = list_images(kind / "rgb") if (kind / "rgb").is_dir() else []
+            if not (kind / "rgb").is_dir():
+                raise ValueError(f"{kind} is not whole: {kind / 'rgb'} does not exist.")
+            images = list_images(kind / "rgb")
             masks = [None if kind.name == "good" else kind / "gt" / f"{image.stem}.png" for image in images]
             samples += [Sample(image, category, kind.name, mask) for image, mask in zip(images, masks, strict=True)]
     check_files(samples, root)

@@ -175,7 +175,9 @@ def look_at(image: ImageInput) -> tuple[tuple[int, int], str, int | None]:
         return image.size, _kind(image), highest
     try:
         with Image.open(image, formats=FORMATS) as opened:
-            return opened.size, _kind(opened), highest
+            if not getattr(opened, "is_animated", False):
+                return opened.size, _kind(opened), highest
+        pixels = read(image)  # of a picture with thumbnails
     except Exception:  # a format that Pillow does not know, or no image
         pixels = read(image)
     if isinstance(pixels, Image.Image):

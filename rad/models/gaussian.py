@@ -185,7 +185,9 @@ def fit_held_out_scores(
 
 
 def pick(summaries: torch.Tensor, count: int) -> torch.Tensor:
-    """Evenly picked columns of summaries [N, D], [N, count]."""
+    """Evenly picked columns of summaries [N, D], [N, count]; raises ValueError if there are fewer."""
+    if summaries.shape[1] < count:
+        raise ValueError(f"The summaries must be {count} numbers of each image or more, got {summaries.shape[1]}.")
     return summaries[:, torch.arange(count) * summaries.shape[1] // count]
 
 

@@ -132,12 +132,13 @@ def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tup
 
     Returns:
         result: The token that stands for this model in the other calls, false alarms on held-out good pictures, and
-            the names of files that were left out because they are no pictures.
+            how many files were left out because they are no pictures, with the names of some.
         pipeline: A zip of the folder that `RADPipeline.from_pretrained` loads.
     """
     token = product.fit([archive], name, model, request.session_hash)
-    left_out = list(visitors.product(token).left_out)
-    return {"model": token, "self_check": product.self_check(token), "left_out": left_out}, product.save(token)
+    kept = visitors.product(token)
+    told = {"num_left_out": kept.num_left_out, "left_out": list(kept.left_out)}
+    return {"model": token, "self_check": product.self_check(token), **told}, product.save(token)
 
 
 @one_sentence

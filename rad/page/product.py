@@ -27,6 +27,7 @@ from .words import handler
 MIN_PICTURES, MAX_PICTURES = 10, 500
 CHECKED_RATES = (0.01, 0.05, 0.1)
 MAX_NAME = 40
+SHOWN_LEFT_OUT, MAX_LEFT_OUT_NAME = 5, 80
 PICTURES = (*IMAGE_SUFFIXES, ".zip")  # a zip among them is one that cannot be opened, and is told as such
 
 HELP = f"""
@@ -115,7 +116,8 @@ def fit(paths: list[str], name: str, model: str, owner: str | None) -> str:
     base = model if product is None else product.base
     pictures, known, left_out = read(paths, models.load(base).pipeline.config.resolution)
     normality = models.fit(base, pictures, name, **known)
-    return visitors.keep(owner, visitors.Product(name, base, normality, tuple(left_out)))
+    names = tuple(path[-MAX_LEFT_OUT_NAME:] for path in left_out[:SHOWN_LEFT_OUT])  # an archive may hold any
+    return visitors.keep(owner, visitors.Product(name, base, normality, len(left_out), names))
 
 
 def self_check(model: str) -> list[dict]:
@@ -161,8 +163,8 @@ def report(model: str) -> str:
         for row in rows
     )
     few = " More photos narrow this." if num_good < 100 else ""
-    named = ", ".join(product.left_out[:5]) + (" ..." if len(product.left_out) > 5 else "")
-    left_out = f" {len(product.left_out)} files that are no pictures were left out: {named}." if named else ""
+    named = ", ".join(product.left_out) + (" ..." if product.num_left_out > len(product.left_out) else "")
+    left_out = f" {product.num_left_out} files that are no pictures were left out: {named}." if named else ""
     return (
         f"<div class='verdict good' role='status'><strong>{html.escape(product.name)}: ready</strong>"
         f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab."

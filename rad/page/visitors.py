@@ -25,12 +25,13 @@ class Product:
     """A visitor's own model: a base model's network with statistics of the visitor's good parts.
 
     Attributes:
-        left_out: Names of the files that were no pictures.
+        num_left_out, left_out: How many files were no pictures, and the names of some, cut.
     """
 
     name: str
     base: str
     normality: NormalityModel
+    num_left_out: int = 0
     left_out: tuple[str, ...] = ()
 
 

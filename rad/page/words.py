@@ -42,7 +42,8 @@ handler = functools.partial(one_sentence, markup=True)  # for actions of the pag
 
 def without_folders(text: str) -> str:
     """A sentence that names uploaded files by their names, not by where the server keeps them."""
-    for folder in {tempfile.gettempdir(), str(Path(get_upload_folder()).resolve()), get_upload_folder()}:
+    kept = [Path(folder) for folder in (get_upload_folder(), tempfile.gettempdir())]
+    for folder in dict.fromkeys(map(str, [*kept, *(path.resolve() for path in kept)])):
         text = re.sub(rf"{re.escape(folder)}/(?:[^\s/]+/)*", "", text)
     return text
 

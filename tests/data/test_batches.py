@@ -179,5 +179,6 @@ def test_a_thousand_images_take_one_file_handle_when_another_process_is_given_th
 def test_images_of_8_bits_beside_floats_become_floats():
     images = {3: torch.full((3, 2, 2), 255, dtype=torch.uint8), 5: torch.full((3, 2, 2), 0.25)}
     decoded = DecodedImages(images)
+    assert not images, "there are two copies of each"
     assert decoded[3].unique().tolist() == [1.0] and decoded[5].unique().tolist() == [0.25]
     assert list(decoded) == [3, 5] and len(DecodedImages({})) == 0

@@ -484,6 +484,8 @@ def kolektor2(tmp_path) -> Path:
         for number in range(first, first + 3):
             write_image(tmp_path / split / f"{number}.png")
             write_mask(tmp_path / split / f"{number}_GT.png", *([(2, 3, 255)] if number % 10 == 1 else []))
+    write_image(tmp_path / "train" / "10000 (copy).png")  # as in its archive
+    write_mask(tmp_path / "train" / "10000_GT (copy).png")
     return tmp_path
 
 
@@ -536,7 +538,7 @@ def test_an_image_of_which_no_mask_tells_whether_it_is_good_is_refused(name, end
     root = request.getfixturevalue(name)
     path = next(root.rglob(f"*{ending}"))
     path.unlink()
-    with pytest.raises(ValueError, match=f"{ending}, which tells whether its image is good, cannot be read"):
+    with pytest.raises(ValueError, match=f"Only masks tell which images in .* are good: The mask {ending} of"):
         load_dataset(root)
 
 
@@ -544,6 +546,18 @@ def test_labels_of_no_image_are_refused(dagm):
     (dagm / "Class2" / "Train" / "0577.PNG").unlink()
     with pytest.raises(ValueError, match="1 labels in .*Class2.*, such as 0577_label, are of no image"):
         load_dataset(dagm)
+
+
+def test_half_a_data_set_is_refused(dagm):
+    shutil.rmtree(dagm / "Class1" / "Test" / "Label")
+    with pytest.raises(ValueError, match="not whole: .*Class1/Test/Label does not exist"):
+        load_dataset(dagm, split="test")
+
+
+def test_a_kind_of_mvtec_3d_without_photographs_is_refused(mvtec_3d):
+    shutil.rmtree(mvtec_3d / "bagel" / "test" / "crack" / "rgb")
+    with pytest.raises(ValueError, match="test/crack is not whole"):
+        load_dataset(mvtec_3d, split="test")
 
 
 def test_a_defect_of_mvtec_3d_without_a_mask_is_named(mvtec_3d):

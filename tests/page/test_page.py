@@ -578,6 +578,11 @@ def test_files_that_are_no_pictures_are_left_out_and_told(good_files, page_model
     told = product.report(product.fit(paths, "nut", page_model, "visitor"))
     assert "3 files that are no pictures were left out: " in told
     assert all(name in told for name in ("parts/Thumbs.db", "parts/readme.txt", "&lt;notes&gt;.txt"))
+    with zipfile.ZipFile(tmp_path / "parts.zip", "a") as archive:
+        for i in range(30):
+            archive.writestr(f"{i}{'x' * 5000}.txt", b"x")
+    kept = visitors.product(product.fit(paths, "nut", page_model, "visitor"))
+    assert kept.num_left_out == 33 and len("".join(kept.left_out)) <= 400
     with pytest.raises(ValueError, match="Give at least 10 good pictures, got 0"):
         product.fit(paths[1:], "nut", page_model, "visitor")
 

@@ -840,7 +840,7 @@ def test_a_backbone_that_cannot_be_read_at_this_size_is_refused(backbone, resolu
     scheduler = RADScheduler(prediction_type="epsilon")
     pipeline = RADPipeline(RADUNet2DModel(**config), scheduler, extractor, resolution=resolution)
     with pytest.raises(ValueError, match=message):
-        train.check_networks(argparse.Namespace(max_timestep=500), pipeline)
+        train.check_networks(argparse.Namespace(max_timestep=500, fit_only=False), pipeline)
 
 
 def test_a_backbone_with_many_channels_is_fitted_saved_and_loaded(good_images, tmp_path):
@@ -849,7 +849,7 @@ def test_a_backbone_with_many_channels_is_fitted_saved_and_loaded(good_images, t
     unet = RADUNet2DModel.from_pretrained(NETWORK.name)
     config = dict(unet.config) | {"feature_channels": extractor.num_channels, "wiener": False}
     pipeline = RADPipeline(RADUNet2DModel(**config), RADScheduler(prediction_type="epsilon"), extractor, resolution=64)
-    train.check_networks(argparse.Namespace(max_timestep=500), pipeline)
+    train.check_networks(argparse.Namespace(max_timestep=500, fit_only=False), pipeline)
     pipeline.fit_normality(good_images[:6], gaussian_channels=16)
     pipeline.save_pretrained(tmp_path)
     loaded = RADPipeline.from_pretrained(tmp_path)
