@@ -158,7 +158,9 @@ def images_table(results: dict[str, Any]) -> Table:
     """What there was to measure on, and what could not be."""
     truth, kinds = results["truth"], ["good", "defective", MASKED, EMPTY, NONE]
     note = "Defective images without a mask, or with an empty one, count at image level only."
-    told = [note, *truth["notes"], *undefined_sentences(truth["undefined"])]
+    unread = truth.get("unreadable", [])
+    left_out = [f"Left out, because they cannot be read: {len(unread)} images or masks. {unread[0]}"] if unread else []
+    told = [note, *left_out, *truth["notes"], *undefined_sentences(truth["undefined"])]
     cells = [[category, *(str(own[kind]) for kind in kinds)] for category, own in truth["counts"].items()]
     return Table("Images", " ".join(told), ["category", *kinds], cells)
 

@@ -482,6 +482,8 @@ def test_unreadable_images_are_left_out_only_when_asked_and_named_from_the_data_
     (told,) = results["truth"]["unreadable"]
     assert told.startswith("parts/capsule/test/good/001.png is truncated") and str(tmp_path) not in told
     assert f"Not measured: {cut} is truncated" in capsys.readouterr().out
+    for name in ("results.md", "report.html"):
+        assert "cannot be read: 1 images or masks" in (tmp_path / "results" / name).read_text()
 
 
 def test_a_data_set_of_the_hub(whole, model, data_dir, tmp_path):
