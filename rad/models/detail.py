@@ -29,9 +29,8 @@ class DetailBranch(nn.Module):
         )
         self.conditions = nn.Linear(embedding_dim, 2 * width * len(self.hidden))
         self.out = nn.Conv2d(width, channels, 3, padding=1, padding_mode="reflect")
-        for layer in (self.conditions, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.conditions.parameters(), *self.out.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(
         self, x0_hat: torch.Tensor, x: torch.Tensor, noise_std: torch.Tensor, error: torch.Tensor, emb: torch.Tensor
