@@ -72,7 +72,7 @@ def measure_denoiser(
             image, t = pair[:1], torch.full((len(pair),), timestep, device=pair.device)
             noise = antithetic_noise(seed, timestep, 1, image).expand_as(pair)
             x_t = scheduler.add_noise(pair, noise, t)
-            output = unet(x_t.to(unet.dtype), t, unet.labels_of([category] * len(pair)))
+            output = unet(x_t, t, unet.labels_of([category] * len(pair)))
             mean, log_variance, x0_hat = scheduler.model_distribution(output.sample, output.variance, x_t, t)
             true_mean, true_log_variance = scheduler.posterior(pair, x_t, t)
             squares = true_log_variance.exp() + (mean - true_mean) ** 2

@@ -116,7 +116,7 @@ class RADLoaderMixin(DiffusionPipeline):
     @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, to a device and to a type, but the type is the U-Net's alone, which takes nearly all of the
-        time: the extractor, the discriminator and the statistics of good images stay in float32.
+        time: its filter and detail branch, the extractor, the discriminator and the statistics of good images stay in float32.
 
         In bfloat16 the fused score of an image moves by less than .05, any other score and any value of a map by less
         than .25, in units of good-image deviation (measured on the embedded models); float16 is four times as fine. On
@@ -132,7 +132,11 @@ class RADLoaderMixin(DiffusionPipeline):
             )
         super().to(*(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
         if dtypes:
-            torch.nn.Module.to(self.unet, dtypes[0])  # diffusers' own warns of modules kept in float32, which are none
+            network: Any = getattr(self.unet, "_orig_mod", self.unet)
+            fine = network.wiener_filter, network.detail  # differences of fine images need all of float32
+            network.wiener_filter = network.detail = None
+            torch.nn.Module.to(network, dtypes[0])  # diffusers' own warns of modules kept in float32, which are none
+            network.wiener_filter, network.detail = fine
         return self
 
     @property

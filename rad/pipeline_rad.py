@@ -258,7 +258,7 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             unet_labels = unet_labels.repeat_interleave(len(timesteps) * draws)
         x_0 = x_0.repeat_interleave(len(timesteps) * draws, dim=0)
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        output = self.unet(x_t.to(self.unet.dtype), t, unet_labels)
+        output = self.unet(x_t, t, unet_labels)
 
         # 3. Compare with the images and their features
         kl, x0_hat = self.scheduler.kl_score(x_0, x_t, output.sample, output.variance, t)

@@ -187,7 +187,7 @@ class RADRestorationMixin:
         def estimate(x_t: torch.Tensor, timestep: int) -> torch.Tensor:
             """x0_hat where the image may change."""
             t = torch.full((len(x_t),), timestep, device=x_t.device)
-            output = self.unet(x_t.to(self.unet.dtype), t, labels)
+            output = self.unet(x_t, t, labels)
             _, _, x0_hat = self.scheduler.model_distribution(output.sample, output.variance, x_t, t, respaced=False)
             return change * x0_hat.to(x_0.dtype) + (1 - change) * x_0
 
@@ -246,7 +246,7 @@ class RADRestorationMixin:
             if (step + 1) % denoise_every == 0:
                 t = torch.tensor(self.scheduler.steps_of_250([round(8 * fraction)]), device=x.device)
                 labels = self.unet.labels_of([categories[i] for i in running])
-                output = self.unet(moved.to(self.unet.dtype), t, labels)
+                output = self.unet(moved, t, labels)
                 moved, _, _ = self.scheduler.model_distribution(output.sample, output.variance, moved, t)
             x[running] = (1 - free) * x_0[running] + free * moved.to(x_0.dtype).clamp(-1, 1)
             yield {i: x[i].clone() for i in running}

@@ -44,9 +44,9 @@ class DetailBranch(nn.Module):
             error: Mean squared error to expect of x0_hat, [B].
             emb: Timestep and category, [B, embedding_dim].
         """
-        noise = (x - x0_hat) / noise_std.view(-1, 1, 1, 1)
-        hidden = torch.cat([x0_hat, noise], dim=1).to(emb.dtype)
-        conditions = self.conditions(F.silu(emb))[:, :, None, None].chunk(len(self.hidden), dim=1)
+        noise, dtype = (x - x0_hat) / noise_std.view(-1, 1, 1, 1), self.out.weight.dtype
+        hidden = torch.cat([x0_hat, noise], dim=1).to(dtype)
+        conditions = self.conditions(F.silu(emb.to(dtype)))[:, :, None, None].chunk(len(self.hidden), dim=1)
         for layer, condition in zip(self.hidden, conditions, strict=True):
             scale, shift = condition.chunk(2, dim=1)
             hidden = F.silu(layer(hidden) * (1 + scale) + shift)

@@ -172,7 +172,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         """Predicts noise or x_0, variance and features at x_t in one pass.
 
         Args:
-            sample: x_t, [B, C, H, W]; H and W multiples of `stride`.
+            sample: x_t, [B, C, H, W], better in float32 whatever type the network has; H and W multiples of `stride`.
             timestep: Steps of the full chain, an int or [B].
             class_labels: [B] in 0 .. len(categories), where the last means "unknown", also the default.
         """
@@ -182,18 +182,18 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
             )
         if class_labels is not None and not self.config.categories:
             raise ValueError("class_labels were given, but this network was trained without categories.")
-        unet, batch = self.unet, sample.shape[0]
+        unet, batch, dtype = self.unet, sample.shape[0], self.unet.conv_in.weight.dtype
 
         # 1. Time and category embedding
         timestep = torch.as_tensor(timestep, device=sample.device).expand(batch)
-        emb = unet.time_embedding(unet.time_proj(timestep).to(sample.dtype))
+        emb = unet.time_embedding(unet.time_proj(timestep).to(dtype))
         if unet.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full((batch,), len(self.config.categories), device=sample.device)
             emb = emb + unet.class_embedding(class_labels)
 
         # 2. Encoder
-        hidden = unet.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        hidden = unet.conv_in(F.pixel_unshuffle(sample.to(dtype), self.config.patch_size))
         skips = [hidden]
         for block in unet.down_blocks:
             hidden, residuals = block(hidden, emb)
