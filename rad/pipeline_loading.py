@@ -116,7 +116,8 @@ class RADLoaderMixin(DiffusionPipeline):
     @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, to a device and to a type, but the type is the U-Net's alone, which takes nearly all of the
-        time: its filter and detail branch, the extractor, the discriminator and the statistics of good images stay in float32.
+        time: its filter and detail branch, the extractor, the discriminator and the statistics of good images stay in
+        float32.
 
         In bfloat16 the fused score of an image moves by less than .05, any other score and any value of a map by less
         than .25, in units of good-image deviation (measured on the embedded models); float16 is four times as fine. On
