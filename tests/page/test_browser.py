@@ -210,7 +210,7 @@ def test_why_and_the_restoration(page):
     open_tab(page, "Why")
     expect(page.get_by_text("Inspect a picture in the first tab").first).to_be_visible()
     open_tab(page, "Inspect")
-    run_example(page)
+    run_example(page, "paper spot")  # which takes a round of 20 steps
     open_tab(page, "Why")
     levels = page.locator(".flipbook").first
     expect(levels.locator("figure")).to_have_count(4)
