@@ -170,7 +170,8 @@ def restore(
     label = record.category if record.category in known else None
     restored = pipeline.restore(image, class_labels=label, false_alarm_rate=0.01)
     pixel_range = pipeline.image_processor.pixel_range
-    before, after = (np.asarray(x, np.float64) / 255 for x in (decode(image, pixel_range), restored.images[0]))
+    pair = decode(image, pixel_range), restored.images[0]
+    before, after = (np.asarray(picture, np.float64) / 255 for picture in pair)
     mask = resize_mask(record.mask(), before.shape[:2])
     outside = ~binary_dilation(mask, np.ones((3, 3)), iterations=max(mask.shape) // 16)
     found = {
@@ -178,7 +179,6 @@ def restore(
         "passed": not restored.is_anomalous[0],
         "steps": len(restored.distances[0]) - 1,
     }
-    pair = decode(image, pixel_range), restored.images[0]
     for picture in pair:
         picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
     found["pair"] = (outline(pair[0], resize_mask(record.mask(), pair[0].size[::-1]), OUTLINE), pair[1])

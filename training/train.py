@@ -71,12 +71,11 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
         if args.fit_only:
             return pipeline
         components = pipeline.components | {"unet": pipeline.unet.with_categories(labels)}
-        pipeline = RADPipeline(
+        return RADPipeline(
             **components,
             resolution=args.resolution or pipeline.config.resolution,
             num_noise_samples=pipeline.config.num_noise_samples,
         )
-        return pipeline
 
     if args.backbone:
         extractor = RADFeatureExtractor.from_timm(args.backbone, feature_stride=args.feature_stride or 8)

@@ -17,7 +17,7 @@ Its archive also holds copies, "10301 (copy).png", which are left out.
 
 from pathlib import Path
 
-from .dataset import Sample, wrong_layout
+from .dataset import Sample, pick_categories, wrong_layout
 from .listing import list_images, subfolders
 from .masks import read_mask
 
@@ -32,7 +32,7 @@ def load_kolektor(root: Path, split: str, categories: list[str] | None = None) -
     items = [folder for folder in subfolders(root) if list_images(folder)]
     if not any(root.glob("*/*_label.bmp")):
         raise wrong_layout(root, "KolektorSDD", "kos01/Part0.jpg and kos01/Part0_label.bmp")
-    _check_category("KolektorSDD", "commutator", categories)
+    pick_categories(root, ["commutator"], categories)
     samples = []
     for number, folder in enumerate(items, start=1):
         found = _samples(folder, "_label.bmp", "commutator", "crack")
@@ -50,7 +50,7 @@ def load_kolektor2(root: Path, split: str, categories: list[str] | None = None) 
     """
     if not any((root / split).glob("*_GT.png")):
         raise wrong_layout(root, "KolektorSDD2", f"{split}/10000.png and {split}/10000_GT.png")
-    _check_category("KolektorSDD2", "surface", categories)
+    pick_categories(root, ["surface"], categories)
     found = _samples(root / split, "_GT.png", "surface", "defect")
     return [sample for sample in found if split == "test" or not sample.label]
 
@@ -68,8 +68,3 @@ def _samples(folder: Path, ending: str, category: str, defect: str) -> list[Samp
             raise ValueError(f"Only masks tell which images in {folder} are good: {error}") from error
         samples.append(Sample(image, category, *((defect, mask) if is_bad else ("good",))))
     return samples
-
-
-def _check_category(layout: str, name: str, wanted: list[str] | None) -> None:
-    if wanted and wanted != [name]:
-        raise ValueError(f"{layout} has one category, {name}; got {', '.join(wanted)}.")

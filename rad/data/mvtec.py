@@ -87,10 +87,7 @@ def load_mvtec_3d(root: Path, split: str, categories: list[str] | None = None) -
         raise wrong_layout(root, "MVTec 3D-AD", "<category>/train/good/rgb and <category>/test/<defect>/{rgb,gt}")
     samples = []
     for category in pick_categories(root, available, categories):
-        folder = root / category / split
-        if not folder.is_dir():
-            raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
-        for kind in subfolders(folder):
+        for kind in subfolders(split_folder(root, category, split)):
             if not (kind / "rgb").is_dir():
                 raise ValueError(f"{kind} is not whole: {kind / 'rgb'} does not exist.")
             images = list_images(kind / "rgb")
@@ -126,9 +123,7 @@ def load_categories(
         raise wrong_layout(root, layout, f"<category>/train/{good} and <category>/{test}/<defect>")
     samples = []
     for category in pick_categories(root, available, categories):
-        folder = root / category / (test if split == "test" else split)
-        if not folder.is_dir():
-            raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
+        folder = split_folder(root, category, split, test)
         own, truths = [], masks_by_kind(root / category, folder)
         others = set().union(*truths.values())
         for kind in subfolders(folder):
@@ -150,6 +145,14 @@ def load_categories(
             check_masks_found(root / category, own, sorted(others))
         samples += own
     return samples
+
+
+def split_folder(root: Path, category: str, split: str, test: str = "test") -> Path:
+    """The folder of a category's split, that of "test" called otherwise; raises ValueError if there is none."""
+    folder = root / category / (test if split == "test" else split)
+    if not folder.is_dir():
+        raise ValueError(f"Category {category!r} has no {split!r} folder: {folder} does not exist.")
+    return folder
 
 
 def masks_by_kind(*folders: Path) -> dict[str, list[Path]]:

@@ -40,11 +40,11 @@ class DetailBranch(nn.Module):
         Args:
             x0_hat: What there is, float32 [B, C, H, W].
             x: x_t / sqrt(abar), which is x_0 and noise, likewise.
-            noise_std: Of that noise, [B].
+            noise_std: Of that noise, [B, 1, 1, 1].
             error: Mean squared error to expect of x0_hat, [B].
             emb: Timestep and category, [B, embedding_dim].
         """
-        noise, dtype = (x - x0_hat) / noise_std.view(-1, 1, 1, 1), self.out.weight.dtype
+        noise, dtype = (x - x0_hat) / noise_std, self.out.weight.dtype
         hidden = torch.cat([x0_hat, noise], dim=1).to(dtype)
         conditions = self.conditions(F.silu(emb.to(dtype)))[:, :, None, None].chunk(len(self.hidden), dim=1)
         for layer, condition in zip(self.hidden, conditions, strict=True):

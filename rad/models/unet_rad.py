@@ -226,8 +226,7 @@ class RADUNet2DModel(ModelMixin, ConfigMixin):
         if self.wiener_filter is not None:
             prediction, linear_error = self.wiener_filter(sample, timestep, prediction)
             if self.detail is not None:
-                snr = self.wiener_filter.log_snr[timestep].float().exp()
-                x = sample.float() / (snr / (1 + snr)).sqrt().view(-1, 1, 1, 1)
+                x, snr = self.wiener_filter.scale(sample, timestep)
                 prediction = self.detail(prediction, x, snr.rsqrt(), linear_error, emb)
         size = [side // self.config.feature_stride for side in sample.shape[-2:]]
         if list(features.shape[-2:]) != size:

@@ -92,15 +92,21 @@ class WienerFilter(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):  # differences of fine images need all of float32
             return self._forward(x_t.float(), timesteps, correction.float())
 
+    def scale(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t / sqrt(abar), which is x_0 and noise, and abar / (1 - abar), one over that noise's variance
+        [B, 1, 1, 1], float32; arguments as in `forward`."""
+        snr = self.log_snr[timesteps].float().view(-1, 1, 1, 1).exp()
+        return x_t.float() / (snr / (1 + snr)).sqrt(), snr
+
     def _forward(
         self, x_t: torch.Tensor, timesteps: torch.Tensor, correction: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         axes, mean = self.axes.float(), self.mean.float().view(-1, 1, 1)
-        snr = self.log_snr[timesteps].float().view(-1, 1, 1, 1).exp()
+        x, snr = self.scale(x_t, timesteps)
         spectrum = _resize(self.log_spectrum.float().exp(), x_t.shape[-2:])
         skip = spectrum * snr / (spectrum * snr + 1)
         error = skip / snr
-        along_axes = torch.einsum("ck,bchw->bkhw", axes, x_t / (snr / (1 + snr)).sqrt() - mean)
+        along_axes = torch.einsum("ck,bchw->bkhw", axes, x - mean)
         coefficients = skip * dct(along_axes) + error.sqrt() * dct(correction)
         return torch.einsum("ck,bkhw->bchw", axes, idct(coefficients)) + mean, error.mean((1, 2, 3))
 

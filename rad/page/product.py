@@ -69,8 +69,8 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
             different ones or too many.
     """
     files, left_out = list_files(paths)
-    foreign = [name for name, *_ in files if PurePosixPath(name).suffix.lower() not in PICTURES]
-    files, left_out = [file for file in files if file[0] not in foreign], left_out + foreign
+    left_out += [name for name, *_ in files if not is_picture(name)]
+    files = [file for file in files if is_picture(file[0])]
     if len(files) > MAX_PICTURES:
         raise ValueError(
             f"At most {MAX_PICTURES} pictures are taken here, got {len(files)}; training takes any number."
@@ -100,6 +100,11 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     pictures = [resized for resized, _ in each(processor.resize)]
     check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
     return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}, left_out
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file bears a picture's name."""
+    return PurePosixPath(name).suffix.lower() in PICTURES
 
 
 def is_marked(name: str) -> bool:
