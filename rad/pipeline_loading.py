@@ -15,20 +15,28 @@ from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
+from .data.defects import add_defect
+from .data.drawing import turn
+from .data.pasting import paste_defects
+from .data.twins import defective_twins
 from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
 from .image_processor import RADImageProcessor
 from .image_reader import read
+from .metrics import pixel_metrics
 from .model_card import create_model_card
 from .models.detail import DetailBranch
 from .models.discriminator import RADDiscriminator
 from .models.evidence import Evidence
 from .models.false_alarms import FalseAlarmMixin
 from .models.feature_extractor import RADFeatureExtractor
+from .models.fitting import FittingMixin
+from .models.fusion import Twins
 from .models.gaussian import Moments
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .models.wiener import WienerFilter
 from .pipeline_arguments import check_images
+from .pipeline_fitting import RADFittingMixin
 from .pipeline_output import RADPipelineOutput
 from .pipeline_restoration import RADRestorationMixin
 from .scheduler_rad import RADScheduler
@@ -248,10 +256,18 @@ class RADLoaderMixin(DiffusionPipeline):
             Evidence,
             Moments,
             FalseAlarmMixin,
+            pixel_metrics,
+            Twins,
+            FittingMixin,
             DetailBranch,
             WienerFilter,
             *COMPONENTS.values(),
             check_images,
+            turn,
+            add_defect,
+            paste_defects,
+            defective_twins,
+            RADFittingMixin,
             RADRestorationMixin,
             RADLoaderMixin,
             lineage[lineage.index(RADLoaderMixin) - 1],

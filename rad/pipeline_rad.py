@@ -3,20 +3,17 @@
 RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et al., ICCV 2023).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .image_processor import RADImageProcessor, find_pixel_range, overlay, to_pil
-from .image_reader import PipelineImageInput, decode, peak
+from .image_processor import RADImageProcessor, overlay, to_pil
+from .image_reader import PipelineImageInput, decode
 from .models.discriminator import RADDiscriminator
 from .models.evidence import FUSED, Evidence, paper_scores
 from .models.feature_extractor import RADFeatureExtractor
-from .models.gaussian import MIN_GOOD, check_counts
 from .models.normality import NormalityModel
 from .models.unet_rad import RADUNet2DModel
 from .pipeline_arguments import (
@@ -24,27 +21,24 @@ from .pipeline_arguments import (
     as_list,
     as_seed,
     batches,
-    check_categories,
-    check_config,
-    check_different,
     check_images,
     check_labels,
     check_noise,
     check_output_type,
     check_scoring,
-    fingerprint,
     in_own_mode,
 )
+from .pipeline_fitting import RADFittingMixin
 from .pipeline_loading import RADLoaderMixin
 from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
 from .pipeline_restoration import RADRestorationMixin
 from .scheduler_rad import RADScheduler, antithetic_noise
 
 if TYPE_CHECKING:
-    import accelerate  # not a plain import line: diffusers demands what those in a repository's code name
+    pass  # not a plain import line: diffusers demands what those in a repository's code name
 
 
-class RADPipeline(RADLoaderMixin, RADRestorationMixin):
+class RADPipeline(RADLoaderMixin, RADFittingMixin, RADRestorationMixin):
     """Anomaly localisation with a diffusion model trained on good images.
 
     Args:
@@ -322,121 +316,3 @@ class RADPipeline(RADLoaderMixin, RADRestorationMixin):
             rgb_map=evidence.rgb[0].cpu().numpy(),
         )
         return output if return_dict else output.to_tuple()
-
-    # -- fitting --------------------------------------------------------------------------------------------------
-
-    @in_own_mode
-    def fit_normality(
-        self,
-        images: PipelineImageInput,
-        holdout_images: PipelineImageInput | None = None,
-        categories: str | Sequence[str] | None = None,
-        holdout_categories: str | Sequence[str] | None = None,
-        timesteps: Sequence[int] | None = None,
-        seed: int | None = None,
-        batch_size: int = 4,
-        accelerator: "accelerate.Accelerator | None" = None,
-        num_noise_samples: int | None = None,
-        generator: torch.Generator | None = None,
-        **config: Any,
-    ) -> "RADPipeline":
-        """Fits what good images look like, in place and with no training: seconds for tens of images. Where this
-        pipeline is to stay as it is, fit the one that `with_normality` gives.
-
-        Args:
-            images: Good images, with the held-out ones at least five different ones of each category, better ten.
-            holdout_images: Good images that the network was not trained on, at least two of each category. When given,
-                the score statistics and the thresholds come from them alone, and `images` serve the Gaussians only;
-                otherwise `images` serve both, fold by fold.
-            categories, holdout_categories: Category of each image, or one for all; by default "object".
-            timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
-            seed: Of the noise, here and then in scoring; by default the present one, or 0.
-            batch_size: Images in one stacked pass of the U-Net.
-            accelerator: Of several processes, all of which pass the same lists: each scores its share of the images,
-                and all get the same statistics.
-            num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
-            generator: In the place of `seed`, as in scoring.
-            config: Further arguments of `NormalityModel`, such as `weights`; by default those of the present one.
-                `pixel_range` is found in the images where it is not given.
-
-        Returns:
-            Itself.
-
-        Raises:
-            TypeError: `NormalityModel` has no such argument.
-            ValueError: A bad image or argument, images of several ranges of pixel values or of one colour, or too few
-                different images of a category; the message names it.
-        """
-        # 0. Check inputs
-        check_config(config)
-        (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
-        names = check_categories(good, held_out, categories, holdout_categories)
-        check_counts(names, len(held_out) or len(good), MIN_GOOD)
-        known = sorted(set(names))
-        if self.normality is not None:
-            kept = ("weights", "image_weights", "context", "top_k")
-            config = {key: self.normality.config[key] for key in kept} | config
-        timesteps, draws, seed = self._noise(timesteps, num_noise_samples, as_seed(seed, generator))
-        config = {name: v.item() if isinstance(v, np.generic) else v for name, v in config.items()}  # as JSON has them
-        config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
-        config["discriminator"] = self.discriminator is not None
-        channels, stride = self.feature_extractor.num_channels, self.feature_extractor.config.feature_stride
-        size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
-        map_size = self.config.resolution // 4  # RAN's 64 x 64
-
-        # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU
-        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        share = slice(rank, None, world)
-        own, own_names = (good + held_out)[share], names[share]
-        unscored = len(good[share]) if held_out else 0
-
-        def reduce(part: torch.Tensor) -> torch.Tensor:
-            if accelerator is None:
-                return part
-            return accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
-
-        # 2. What the numbers in the pictures mean
-        peaks = torch.zeros(len(names), dtype=torch.int64)
-        peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
-        shared = [value - 1 if value else None for value in reduce(peaks).tolist()]
-        try:
-            pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
-        except ValueError as error:
-            advice = "" if config.get("pixel_range") is not None else " Or say by pixel_range what their numbers mean."
-            raise ValueError(f"{error}{advice}") from error
-        darkest = config.get("darkest_peak", darkest)  # given where the images are no longer of 16 bits
-        normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
-        processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
-
-        # 3. Look at it, keeping no more than the Gaussians and the maps need
-        features = torch.empty(len(own), channels, size, size, dtype=torch.half)
-        residuals = torch.empty(len(own), channels, size // 2, size // 2, dtype=torch.half)
-        summaries = torch.empty(len(own), self.feature_extractor.num_summaries)
-        prints = torch.zeros(len(names), dtype=torch.int64)
-        num_maps = 3 * len(timesteps) + config["discriminator"]
-        raw_maps = torch.empty(len(own) - unscored, num_maps, map_size, map_size)
-        with self.progress_bar(total=len(own)) as progress:
-            for batch in batches(len(own), batch_size):
-                x_0, _ = processor.preprocess(own[batch])
-                prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
-                evidence = self.measure(x_0, own_names[batch], timesteps, draws, seed)
-                features[batch] = F.adaptive_avg_pool2d(evidence.features.float(), size)
-                residuals[batch] = F.adaptive_avg_pool2d(evidence.residuals, size // 2)
-                summaries[batch] = evidence.summaries
-                if batch.stop > unscored:
-                    maps = evidence.stack(map_size)[max(unscored - batch.start, 0) :]
-                    raw_maps[max(batch.start - unscored, 0) : batch.stop - unscored] = maps
-                progress.update(len(x_0))
-
-        # 4. Fit
-        if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
-            warnings.warn(
-                f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for different "
-                "parts, and so are too sure.",
-                stacklevel=3,
-            )
-        labels = [known.index(name) for name in names]
-        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce)
-        normality.half().float()  # saved in half precision: what is used is what is saved
-        self.register_modules(normality=normality.to(self._execution_device))
-        return self

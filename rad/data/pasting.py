@@ -89,13 +89,13 @@ def _shape(side: int, rng: np.random.Generator) -> np.ndarray:
     if kind < 0.25:
         return _beyond_edge(side, rng)
     if kind < 0.35:
-        return _blob(side, rng, 0.023 * pixels, 0.25 * pixels)
+        return _ellipse(side, rng, 0.023 * pixels, 0.25 * pixels)
     if kind < 0.58:
-        return _blob(side, rng, 0.00023 * pixels, 0.014 * pixels)
+        return _ellipse(side, rng, 0.00023 * pixels, 0.014 * pixels)
     if kind < 0.78:
         return _line(side, rng)
     if kind < 0.9:
-        return _blob(side, rng, 0.001 * pixels, 0.053 * pixels, at_border=True)
+        return _ellipse(side, rng, 0.001 * pixels, 0.053 * pixels, at_border=True)
     noise = _smooth_noise(side, int(2 ** rng.integers(1, 6)), rng)
     return noise > np.quantile(noise, rng.uniform(0.75, 0.97))
 
@@ -114,7 +114,9 @@ def _beyond_edge(side: int, rng: np.random.Generator) -> np.ndarray:
     return shape
 
 
-def _blob(side: int, rng: np.random.Generator, smallest: float, largest: float, at_border: bool = False) -> np.ndarray:
+def _ellipse(
+    side: int, rng: np.random.Generator, smallest: float, largest: float, at_border: bool = False
+) -> np.ndarray:
     """A wavy ellipse of a log-uniform area in pixels."""
     radius = np.sqrt(np.exp(rng.uniform(np.log(smallest), np.log(largest))) / np.pi)
     stretch, angle = np.exp(rng.normal() * 0.5), rng.uniform(0, np.pi)

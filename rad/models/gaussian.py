@@ -119,27 +119,27 @@ def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SC
 
 # -- held out -----------------------------------------------------------------------------------------------------
 # `fold` [N] is that of each image in this process, -1 for those that only serve the fit; `folds` are all there are, in
-# every process the same.
+# every process the same. Images that are not good are judged by what never saw their fold, and serve no fit.
 
 
 def fit_held_out_gaussians(
-    x: dict[str, torch.Tensor], fold: torch.Tensor, folds: range, block: int, reduce: Reduce
+    x: dict[str, torch.Tensor], fold: torch.Tensor, good: torch.Tensor, folds: range, block: int, reduce: Reduce
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor], bool]:
     """Gaussians of features [N, P, g, g] by kind, as from `fit_gaussian`; held-out distances [N, g, g] by kind; and
     whether one covariance serves all positions: the likelier sort is taken, the same for all kinds."""
     total, distances, energies = {}, {}, torch.zeros(2, dtype=torch.float64)
     for kind, values in x.items():
-        total[kind] = Moments.of(values, reduce, block)
+        total[kind] = Moments.of(values[good], reduce, block)
         for pooled in (False, True):
             distances[pooled, kind] = values.new_empty(len(values), *values.shape[-2:])
         for k in folds:
-            rest = total[kind].less(Moments.of(values[fold == k], reduce, block))
+            rest = total[kind].less(Moments.of(values[good & (fold == k)], reduce, block))
             for pooled in (False, True):
                 mean, whitening = fit_gaussian(rest, pooled)
                 held_out = mahalanobis(values[fold == k] - mean, whitening)
                 distances[pooled, kind][fold == k] = held_out
                 log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
-                energies[int(pooled)] += (held_out.square().mean((1, 2)) + log_det).sum()
+                energies[int(pooled)] += (held_out[good[fold == k]].square().mean((1, 2)) + log_det).sum()
     separate, together = reduce(energies).tolist()
     pooled = together < separate
     gaussians = {kind: fit_gaussian(moments, pooled) for kind, moments in total.items()}
@@ -147,26 +147,32 @@ def fit_held_out_gaussians(
 
 
 def fit_held_out_summaries(
-    x: torch.Tensor, labels: torch.Tensor, fold: torch.Tensor
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    fold: torch.Tensor,
+    judged: torch.Tensor,
+    judged_labels: torch.Tensor,
+    judged_fold: torch.Tensor,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """What `fit_summaries` gives of summaries [N, D], and held-out distances [N], 0 for images of no fold, float64."""
-    distances = x.new_zeros(len(x))
+    """What `fit_summaries` gives of all processes' good images' summaries x [N, D], and held-out distances [n] of
+    those that this one judges [n, D], 0 for images of no fold; all float64."""
+    distances = judged.new_zeros(len(judged))
     for k in range(NUM_FOLDS):
-        held_out = fold == k
-        mean, std, whitening = fit_summaries(x[~held_out], labels[~held_out])
-        z = (x[held_out] - mean[labels[held_out]]) / std[labels[held_out]]
+        mean, std, whitening = fit_summaries(x[fold != k], labels[fold != k])
+        held_out = judged_fold == k
+        z = (judged[held_out] - mean[judged_labels[held_out]]) / std[judged_labels[held_out]]
         distances[held_out] = (z @ whitening.T).norm(dim=1)
     return fit_summaries(x, labels), distances
 
 
 def fit_held_out_deviation(
-    x: torch.Tensor, fold: torch.Tensor, folds: range, positioned: list[bool], reduce: Reduce
+    x: torch.Tensor, fold: torch.Tensor, good: torch.Tensor, folds: range, positioned: list[bool], reduce: Reduce
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Location and deviation of maps [N, M, h, w], as from `fit_deviation`, and the maps in units of those without
     their fold, [N, M, h, w]."""
-    moments, z = Moments.of(x, reduce), torch.empty_like(x)
+    moments, z = Moments.of(x[good], reduce), torch.empty_like(x)
     for k in folds:
-        location, scale = fit_deviation(moments.less(Moments.of(x[fold == k], reduce)), positioned)
+        location, scale = fit_deviation(moments.less(Moments.of(x[good & (fold == k)], reduce)), positioned)
         z[fold == k] = (x[fold == k] - location) / scale
     return *fit_deviation(moments, positioned), z
 

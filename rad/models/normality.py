@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -11,35 +10,23 @@ from diffusers.configuration_utils import register_to_config
 
 from .evidence import FUSED, GLOBAL, WEIGHTED, Evidence, to_grid, weighted_sum
 from .false_alarms import TAIL, FalseAlarmMixin
-from .gaussian import (
-    MAX_SUMMARIES,
-    MIN_SCORED,
-    NUM_FOLDS,
-    Moments,
-    Reduce,
-    check_counts,
-    fit_held_out_deviation,
-    fit_held_out_gaussians,
-    fit_held_out_scores,
-    fit_held_out_summaries,
-    mahalanobis,
-    pack_triangle,
-    pick,
-    unpack_triangle,
-)
+from .fitting import FittingMixin
+from .gaussian import mahalanobis, pick, unpack_triangle
 
-MAP_WEIGHTS = {"pixel": 0.5, "feature": 1.0, "residual": 0.0, "mahalanobis": 0.75, "discriminator": 1.5}
+# Where the choice of weights starts, and what counts without one. How odd an image is as a whole counts little unless
+# its product says otherwise: on some it tells most, on others it is the first to drift
+MAP_WEIGHTS = {"pixel": 0.25, "feature": 0.5, "residual": 0.0, "mahalanobis": 1.0, "discriminator": 0.5}
 IMAGE_WEIGHTS = {
     "pixel": 0.0,
     "feature": 0.0,
     "residual": 0.1,
     "mahalanobis": 0.9,
     "discriminator": 0.0,
-    "global": 1.2,
+    "global": 0.3,
 }
 
 
-class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
+class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
     """Statistics of good images, fitted by `fit` and saved with the pipeline.
 
     For every category it holds
@@ -284,165 +271,6 @@ class NormalityModel(FalseAlarmMixin, ModelMixin, ConfigMixin):
     def _top_mean(self, maps: torch.Tensor) -> torch.Tensor:
         values = maps.flatten(1)
         return values.topk(min(self.config.top_k, values.shape[1]), dim=1).values.mean(1)
-
-    # -- fitting --------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def fit(
-        self,
-        features: torch.Tensor,
-        residuals: torch.Tensor,
-        summaries: torch.Tensor,
-        labels: list[int],
-        raw_maps: torch.Tensor,
-        categories: Sequence[str],
-        share: slice = slice(None),
-        reduce: Reduce = lambda part: part,
-    ) -> "NormalityModel":
-        """Fits on good images, in place; every score that enters a threshold is held out.
-
-        All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
-        folds: the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from
-        the network's training as well, their scores are those of fresh images.
-
-        Everything is made of sums over images, so that several processes can fit together: each holds the features and
-        maps of its own share alone, and all end with the same model.
-
-        Args:
-            features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
-                may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
-            residuals: What their prediction leaves, likewise.
-            summaries: The extractor's, of the same images, [n, D].
-            labels: Class label of each image of all shares, [N].
-            raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
-            categories: Their names; each needs at least two scored images.
-            share: Which of all images these are.
-            reduce: Sums a tensor over processes, with the sum as its result on each.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: A category has fewer scored images, or statistics are not finite.
-        """
-        # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
-        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
-        check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
-        place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
-        fold_of, counts = torch.full_like(label_of, -1), []
-        for label in range(len(categories)):
-            scored = (label_of == label) & (place >= 0)
-            counts.append(int(scored.sum()))
-            fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
-        self._resize(features, summaries, raw_maps, categories, num_scored)
-
-        # 2. The Gaussian of whole images
-        summaries = pick(summaries, self.config.num_summaries)
-        everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
-        everyone[share] = summaries.double()
-        gaussian, global_distance = fit_held_out_summaries(reduce(everyone), label_of, fold_of)
-        for buffer, value in zip(("global_mean", "global_std"), gaussian, strict=False):
-            self.get_buffer(buffer).copy_(value)
-        self.global_whitening.copy_(pack_triangle(gaussian[2]))
-        global_distance = global_distance[place >= 0].float()
-        label_of, place, fold_of = label_of[share], place[share], fold_of[share]
-
-        names, size, block = self.score_types, self.config.map_size, self.config.gaussian_block
-        maps = raw_maps.new_zeros(len(names), num_scored, size, size, dtype=torch.float32)
-        scores = maps.new_zeros(len(names) + 1, num_scored)
-        for label, count in enumerate(counts):
-            mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
-            fold, scored = fold_of[mine], fold_of[mine] >= 0
-
-            # 3. The Gaussians of a category's features and residuals
-            x = {
-                kind: torch.cat([self.project(values[chunk], kind) for chunk in mine.split(64)])
-                for kind, values in (("feature", features), ("residual", residuals))
-            }
-            gaussians, distances, pooled = fit_held_out_gaussians(x, fold, folds, block, reduce)
-            for kind, (mean, whitening) in gaussians.items():
-                self.get_buffer(f"{kind}_mean")[label] = mean
-                self.get_buffer(f"{kind}_whitening")[label] = pack_triangle(whitening)
-            mean, std = Moments.of(x["feature"].mean((2, 3)), reduce).mean_and_std()
-            self.category_mean[label], self.category_std[label] = mean, std.clamp_min(1e-3)
-
-            # 4. Location and deviation of every raw map. Logits mean the same everywhere, and so do distances under a
-            # covariance of each position's own
-            grids = [to_grid(distances[kind][scored], size) for kind in ("residual", "feature")]
-            raw = torch.cat([raw_maps[label_of[place >= 0] == label].float(), *grids], dim=1)
-            alike = {"discriminator"} if pooled or block > 1 else {"discriminator", "residual", "mahalanobis"}
-            positioned = [name not in alike for name, span in self.channels.items() for _ in range(raw.shape[1])[span]]
-            *deviation, z = fit_held_out_deviation(raw, fold[scored], folds, positioned, reduce)
-            self.location[label], self.scale[label] = deviation
-
-            # 5. Unit deviation for each combined map, first the parts, then the fused one
-            map_scale = raw.new_ones(1, len(names))
-            combined = self._combine(z, map_scale)
-            parts = torch.stack([combined[name].flatten() for name in names[1:]], dim=1)
-            map_scale[0, 1:] = Moments.of(parts, reduce).mean_and_std()[1]
-            fused = self._combine(z, map_scale)[FUSED].flatten()
-            map_scale[0, 0] = Moments.of(fused, reduce).mean_and_std()[1]
-            self.map_scale[label] = map_scale[0]
-            combined = self._combine(z, map_scale)
-            places = place[mine][scored]
-            maps[:, places] = torch.stack([combined[name] for name in names])
-
-            # 6. Image scores, likewise
-            distance = global_distance[places]
-            mean, std = Moments.of(distance, reduce).mean_and_std()
-            outlying = ((distance - mean) / std.clamp_min(1e-3)).float()
-            values = torch.stack([*(self._image_score(combined, name, outlying) for name in names), distance], dim=1)
-            *units, standardised = fit_held_out_scores(values, fold[scored], folds, reduce)
-            self.score_location[label], self.score_scale[label] = units
-            scores[:, places] = standardised.T
-
-        # 7. Scores and pixels of held-out good images, pooled over the categories whose units they share
-        self.good_scores.copy_(reduce(scores).sort().values)
-        rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
-        for column, values in enumerate(maps):
-            self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
-        if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
-            raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
-        return self
-
-    def half(self) -> "NormalityModel":
-        """To half precision, but for statistics that would overflow there, as those of images much alike do."""
-        for name, buffer in self.named_buffers():
-            if buffer.half().isfinite().all():
-                setattr(self, name, buffer.half())
-        return self
-
-    def _resize(
-        self,
-        features: torch.Tensor,
-        summaries: torch.Tensor,
-        raw_maps: torch.Tensor,
-        categories: Sequence[str],
-        num_scored: int,
-    ) -> None:
-        """Takes sizes from what it is to be fitted to, and those that nobody chose by the defaults."""
-        config, asked, several = self.config, self._asked, len(categories) > 1
-        if raw_maps.shape[1] != (num_maps := 3 * len(config.timesteps) + config.discriminator):
-            raise ValueError(f"The raw maps must be {num_maps} of each image, got {raw_maps.shape[1]}.")
-        if not any(config.weights.get(name) for name in self.score_types):
-            raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
-        size = asked["gaussian_size"] or features.shape[-1] // 2
-        self.register_to_config(
-            categories=list(categories),
-            feature_channels=features.shape[1],
-            num_summaries=min(summaries.shape[1], MAX_SUMMARIES),
-            gaussian_size=size,
-            gaussian_channels=asked["gaussian_channels"] or min(192 if several else 140, features.shape[1]),
-            gaussian_block=asked["gaussian_block"] or (size // 2 if several and size % 2 == 0 else 1),
-            map_size=raw_maps.shape[-1],
-            num_scores=num_scored,
-        )
-        self._register_buffers()
-        self.to(raw_maps.device)
-        # A fixed random orthonormal basis: it keeps directions of small variance, which principal components lose
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
-        self.projection.copy_(basis[:, : self.projection.shape[1]])
 
 
 def _check_weights(argument: str, weights: Mapping[str, float], names: Sequence[str]) -> None:

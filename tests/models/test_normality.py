@@ -17,7 +17,7 @@ from skimage.measure import block_reduce
 from sklearn.covariance import LedoitWolf
 
 from rad import NormalityModel
-from rad.models import normality as normality_module
+from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
 from rad.models.gaussian import Moments, fit_gaussian
 
@@ -887,7 +887,7 @@ def test_one_category_at_the_default_sizes_is_under_10_mb(tmp_path):
 
 def test_of_very_many_summaries_evenly_picked_ones_are_kept(fitted_on, tmp_path, monkeypatch):
     """Those picked alone give the same distances; what is saved is as small, and loads."""
-    monkeypatch.setattr(normality_module, "MAX_SUMMARIES", 3)
+    monkeypatch.setattr(fitting, "MAX_SUMMARIES", 3)
     model, every = fit(*fitted_on), summarise(fitted_on[0])
     assert model.config.num_summaries == 3 < every.shape[1]
     assert model.global_whitening.shape == (6,)

@@ -1,0 +1,219 @@
+"""How a normality model is fitted: Gaussians, units, weights and thresholds, none of them from an image's own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .evidence import FUSED, to_grid
+from .false_alarms import TAIL
+from .fusion import Look, Twins, choose_weights
+from .gaussian import (
+    MAX_SUMMARIES,
+    MIN_SCORED,
+    NUM_FOLDS,
+    Moments,
+    Reduce,
+    check_counts,
+    fit_held_out_deviation,
+    fit_held_out_gaussians,
+    fit_held_out_scores,
+    fit_held_out_summaries,
+    pack_triangle,
+    pick,
+)
+
+
+class FittingMixin:
+    """The fit of a `NormalityModel`, to its buffers and its configuration."""
+
+    config: Any
+    register_to_config: Callable[..., None]
+    score_types: tuple[str, ...]
+
+    @torch.no_grad()
+    def fit(
+        self,
+        features: torch.Tensor,
+        residuals: torch.Tensor,
+        summaries: torch.Tensor,
+        labels: list[int],
+        raw_maps: torch.Tensor,
+        categories: Sequence[str],
+        share: slice = slice(None),
+        reduce: Reduce = lambda part: part,
+        twins: Twins | None = None,
+        chosen: Sequence[str] = ("weights", "image_weights"),
+    ) -> "FittingMixin":
+        """Fits on good images, in place; every score that enters a threshold is held out.
+
+        All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
+        folds: the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from
+        the network's training as well, their scores are those of fresh images.
+
+        Twins, scored images with a defect, are judged as their good ones are, by what never saw these; by them the
+        weights are chosen, and they enter nothing else.
+
+        Everything is made of sums over images, so that several processes can fit together: each holds the features and
+        maps of its own share alone, and all end with the same model.
+
+        Args:
+            features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
+                may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
+            residuals: What their prediction leaves, likewise.
+            summaries: The extractor's, of the same images, [n, D].
+            labels: Class label of each image of all shares, [N].
+            raw_maps: From `Evidence.stack`, of the scored images in this share, [m, 3 T (+ 1), h, w].
+            categories: Their names; each needs at least two scored images.
+            share: Which of all images these are.
+            reduce: Sums a tensor over processes, with the sum as its result on each.
+            twins: Of scored images in this share; without any the weights stay as they are.
+            chosen: Which weights are chosen.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: A category has fewer scored images, or statistics are not finite.
+        """
+        # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
+        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
+        check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
+        place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
+        fold_of, counts = torch.full_like(label_of, -1), []
+        for label in range(len(categories)):
+            scored = (label_of == label) & (place >= 0)
+            counts.append(int(scored.sum()))
+            fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
+        self._resize(features, summaries, raw_maps, categories, num_scored)
+
+        # 2. The Gaussian of whole images
+        summaries = pick(summaries, self.config.num_summaries)
+        everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
+        everyone[share] = summaries.double()
+        everyone, of_all = reduce(everyone), (label_of, fold_of)
+        label_of, place, fold_of = label_of[share], place[share], fold_of[share]
+        is_good = torch.ones(len(label_of), dtype=torch.bool)
+        if twins is not None:  # from here on rows of their own, in the fold of the image that each was
+            summaries = torch.cat([summaries, pick(twins.summaries, self.config.num_summaries)])
+            features, residuals = torch.cat([features, twins.features]), torch.cat([residuals, twins.residuals])
+            raw_maps = torch.cat([raw_maps, twins.raw_maps])
+            label_of, fold_of = (torch.cat([of, of[twins.sources]]) for of in (label_of, fold_of))
+            place = torch.cat([place, torch.zeros(len(twins.sources), dtype=torch.long)])
+            is_good = torch.cat([is_good, torch.zeros(len(twins.sources), dtype=torch.bool)])
+        gaussian, distance = fit_held_out_summaries(everyone, *of_all, summaries.double(), label_of, fold_of)
+        for buffer, value in zip(("global_mean", "global_std"), gaussian, strict=False):
+            self.get_buffer(buffer).copy_(value)
+        self.global_whitening.copy_(pack_triangle(gaussian[2]))
+
+        # 3. Each category's Gaussians, and each map's deviation from good images, of this process's scored rows
+        scored, size, block = place >= 0, self.config.map_size, self.config.gaussian_block
+        rows = torch.cumsum(scored, 0) - 1  # of an image among them
+        z = raw_maps.new_zeros(int(scored.sum()), self.location.shape[1], size, size, dtype=torch.float32)
+        outlying = z.new_zeros(len(z))
+        for label, count in enumerate(counts):
+            mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
+            fold, good, held = fold_of[mine], is_good[mine], scored[mine]
+            x = {
+                kind: torch.cat([self.project(values[chunk], kind) for chunk in mine.split(64)])
+                for kind, values in (("feature", features), ("residual", residuals))
+            }
+            gaussians, distances, pooled = fit_held_out_gaussians(x, fold, good, folds, block, reduce)
+            for kind, (mean, whitening) in gaussians.items():
+                self.get_buffer(f"{kind}_mean")[label] = mean
+                self.get_buffer(f"{kind}_whitening")[label] = pack_triangle(whitening)
+            mean, std = Moments.of(x["feature"][good].mean((2, 3)), reduce).mean_and_std()
+            self.category_mean[label], self.category_std[label] = mean, std.clamp_min(1e-3)
+            # Logits mean the same everywhere, and so do distances under a covariance of each position's own
+            own = rows[mine][held]
+            grids = [to_grid(distances[kind][held], size) for kind in ("residual", "feature")]
+            raw = torch.cat([raw_maps[own].float(), *grids], dim=1)
+            alike = {"discriminator"} if pooled or block > 1 else {"discriminator", "residual", "mahalanobis"}
+            positioned = [name not in alike for name, span in self.channels.items() for _ in range(raw.shape[1])[span]]
+            *deviation, z[own] = fit_held_out_deviation(raw, fold[held], good[held], folds, positioned, reduce)
+            self.location[label], self.scale[label] = deviation
+            # Unit deviation for each combined map, and for how odd an image is as a whole
+            combined = self._combine(z[own[good[held]]], raw.new_ones(1, len(self.score_types)))
+            parts = torch.stack([combined[name].flatten() for name in self.score_types[1:]], dim=1)
+            self.map_scale[label, 1:] = Moments.of(parts, reduce).mean_and_std()[1]
+            mean, std = Moments.of(distance[mine][held & good].float(), reduce).mean_and_std()
+            outlying[own] = ((distance[mine][held] - mean) / std.clamp_min(1e-3)).float()
+
+        # 4. What to judge by
+        row_label, row_good = label_of[scored], is_good[scored]
+        if twins is not None:
+            of_good, of_bad = rows[torch.tensor(twins.sources, dtype=torch.long)], (~row_good).nonzero().flatten()
+            good, bad = (
+                Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of]) for of in (of_good, of_bad)
+            )
+            priors = {name: self.config[name] for name in chosen}
+            self.register_to_config(**choose_weights(good, bad, twins, priors, self._top_mean, reduce))
+
+        # 5. Unit deviation of the fused map and of image scores
+        names = self.score_types
+        maps = z.new_zeros(len(names), num_scored, size, size)
+        scores = z.new_zeros(len(names) + 1, num_scored)
+        for label, count in enumerate(counts):
+            mine = ((row_label == label) & row_good).nonzero().flatten()
+            places, fold = place[scored][mine], fold_of[scored][mine]
+            self.map_scale[label, 0] = 1.0
+            fused = self._combine(z[mine], self.map_scale[[label]])[FUSED].flatten()
+            self.map_scale[label, 0] = Moments.of(fused, reduce).mean_and_std()[1]
+            combined = self._combine(z[mine], self.map_scale[[label]])
+            maps[:, places] = torch.stack([combined[name] for name in names])
+            whole = distance[scored][mine].float()
+            values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
+            *units, standardised = fit_held_out_scores(
+                torch.stack(values, dim=1), fold, range(min(NUM_FOLDS, count)), reduce
+            )
+            self.score_location[label], self.score_scale[label] = units
+            scores[:, places] = standardised.T
+
+        # 6. Scores and pixels of held-out good images, pooled over the categories whose units they share
+        self.good_scores.copy_(reduce(scores).sort().values)
+        rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
+        for column, values in enumerate(maps):
+            self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
+        if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
+            raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
+        return self
+
+    def half(self) -> "FittingMixin":
+        """To half precision, but for statistics that would overflow there, as those of images much alike do."""
+        for name, buffer in self.named_buffers():
+            if buffer.half().isfinite().all():
+                setattr(self, name, buffer.half())
+        return self
+
+    def _resize(
+        self,
+        features: torch.Tensor,
+        summaries: torch.Tensor,
+        raw_maps: torch.Tensor,
+        categories: Sequence[str],
+        num_scored: int,
+    ) -> None:
+        """Takes sizes from what it is to be fitted to, and those that nobody chose by the defaults."""
+        config, asked, several = self.config, self._asked, len(categories) > 1
+        if raw_maps.shape[1] != (num_maps := 3 * len(config.timesteps) + config.discriminator):
+            raise ValueError(f"The raw maps must be {num_maps} of each image, got {raw_maps.shape[1]}.")
+        if not any(config.weights.get(name) for name in self.score_types):
+            raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
+        size = asked["gaussian_size"] or features.shape[-1] // 2
+        self.register_to_config(
+            categories=list(categories),
+            feature_channels=features.shape[1],
+            num_summaries=min(summaries.shape[1], MAX_SUMMARIES),
+            gaussian_size=size,
+            gaussian_channels=asked["gaussian_channels"] or min(192 if several else 140, features.shape[1]),
+            gaussian_block=asked["gaussian_block"] or (size // 2 if several and size % 2 == 0 else 1),
+            map_size=raw_maps.shape[-1],
+            num_scores=num_scored,
+        )
+        self._register_buffers()
+        self.to(raw_maps.device)
+        # A fixed random orthonormal basis: it keeps directions of small variance, which principal components lose
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
+        self.projection.copy_(basis[:, : self.projection.shape[1]])

@@ -1,0 +1,191 @@
+"""How `RADPipeline` learns what good images look like, and what to judge a product by."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .data.twins import defective_twins
+from .image_processor import RADImageProcessor, find_pixel_range
+from .image_reader import PipelineImageInput, peak
+from .models.fusion import KINDS, Twins
+from .models.gaussian import MIN_GOOD, check_counts
+from .models.normality import NormalityModel
+from .pipeline_arguments import (
+    as_list,
+    as_seed,
+    batches,
+    check_categories,
+    check_config,
+    check_different,
+    check_images,
+    fingerprint,
+    in_own_mode,
+)
+
+if TYPE_CHECKING:
+    import accelerate  # not a plain import line: diffusers demands what those in a repository's code name
+
+MAX_SOURCES = 48  # good images that get defects
+
+
+class RADFittingMixin:
+    """`fit_normality` of a pipeline that has `measure`."""
+
+    @in_own_mode
+    def fit_normality(
+        self: Any,
+        images: PipelineImageInput,
+        holdout_images: PipelineImageInput | None = None,
+        categories: str | Sequence[str] | None = None,
+        holdout_categories: str | Sequence[str] | None = None,
+        timesteps: Sequence[int] | None = None,
+        seed: int | None = None,
+        batch_size: int = 4,
+        accelerator: "accelerate.Accelerator | None" = None,
+        num_noise_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        **config: Any,
+    ) -> Any:
+        """Fits what good images look like, in place and with no training: seconds for tens of images. Where this
+        pipeline is to stay as it is, fit the one that `with_normality` gives.
+
+        Args:
+            images: Good images, with the held-out ones at least five different ones of each category, better ten.
+            holdout_images: Good images that the network was not trained on, at least two of each category. When given,
+                the score statistics and the thresholds come from them alone, and `images` serve the Gaussians only;
+                otherwise `images` serve both, fold by fold.
+            categories, holdout_categories: Category of each image, or one for all; by default "object".
+            timesteps: Steps of the full chain to score at; by default the present ones, or RAN's 20, 201, 401.
+            seed: Of the noise, here and then in scoring; by default the present one, or 0.
+            batch_size: Images in one stacked pass of the U-Net.
+            accelerator: Of several processes, all of which pass the same lists: each scores its share of the images,
+                and all get the same statistics.
+            num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
+            generator: In the place of `seed`, as in scoring.
+            config: Further arguments of `NormalityModel`. `weights` and `image_weights` that are not given are chosen
+                on some of these images with defects put on them, and `pixel_range` is found in the images; others are
+                by default those of the present one.
+
+        Returns:
+            Itself.
+
+        Raises:
+            TypeError: `NormalityModel` has no such argument.
+            ValueError: A bad image or argument, images of several ranges of pixel values or of one colour, or too few
+                different images of a category; the message names it.
+        """
+        # 0. Check inputs
+        check_config(config)
+        (good, batch_size), held_out = check_images(images, batch_size), as_list(holdout_images)
+        names = check_categories(good, held_out, categories, holdout_categories)
+        check_counts(names, len(held_out) or len(good), MIN_GOOD)
+        known = sorted(set(names))
+        if self.normality is not None:
+            config = {key: self.normality.config[key] for key in ("context", "top_k")} | config
+        timesteps, draws, seed = self._noise(timesteps, num_noise_samples, as_seed(seed, generator))
+        config = {name: v.item() if isinstance(v, np.generic) else v for name, v in config.items()}  # as JSON has them
+        config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
+        config["discriminator"] = self.discriminator is not None
+        stride = self.feature_extractor.config.feature_stride
+        size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
+        map_size = self.config.resolution // 4  # RAN's 64 x 64
+
+        # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        share = slice(rank, None, world)
+        own, own_names = (good + held_out)[share], names[share]
+        unscored = len(good[share]) if held_out else 0
+
+        def reduce(part: torch.Tensor) -> torch.Tensor:
+            if accelerator is None:
+                return part
+            return accelerator.reduce(part.to(accelerator.device), "sum").to(part.device)
+
+        # 2. What the numbers in the pictures mean
+        peaks = torch.zeros(len(names), dtype=torch.int64)
+        peaks[share] = torch.tensor([-1 if (found := peak(image)) is None else found for image in own]) + 1
+        shared = [value - 1 if value else None for value in reduce(peaks).tolist()]
+        try:
+            pixel_range, darkest = find_pixel_range(shared, config.get("pixel_range"))
+        except ValueError as error:
+            advice = "" if config.get("pixel_range") is not None else " Or say by pixel_range what their numbers mean."
+            raise ValueError(f"{error}{advice}") from error
+        darkest = config.get("darkest_peak", darkest)  # given where the images are no longer of 16 bits
+        normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
+        processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
+
+        # 3. Look at it, keeping no more than the Gaussians and the maps need
+        def look(x_0: torch.Tensor, categories: list[str]) -> tuple[torch.Tensor, ...]:
+            evidence = self.measure(x_0, categories, timesteps, draws, seed)
+            features = F.adaptive_avg_pool2d(evidence.features.float(), size).half()
+            residuals = F.adaptive_avg_pool2d(evidence.residuals, size // 2).half()
+            return tuple(t.cpu() for t in (features, residuals, evidence.summaries, evidence.stack(map_size)))
+
+        chosen = [name for name in ("weights", "image_weights") if name not in config]
+        num_scored = len(held_out) or len(good)
+        sources = defect_sources(len(names), num_scored) if chosen else []
+        own_sources = [(number, i) for number, i in enumerate(sources) if i % world == rank]
+        prints, looks = torch.zeros(len(names), dtype=torch.int64), []
+        with self.progress_bar(total=len(own) + len(KINDS) * len(own_sources)) as progress:
+            for batch in batches(len(own), batch_size):
+                x_0, _ = processor.preprocess(own[batch])
+                prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
+                *kept, maps = look(x_0, own_names[batch])
+                looks.append((*kept, maps[max(unscored - batch.start, 0) :]))
+                progress.update(len(x_0))
+            features, residuals, summaries, raw_maps = (torch.cat(parts) for parts in zip(*looks, strict=True))
+            if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
+                warnings.warn(
+                    f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for "
+                    "different parts, and so are too sure.",
+                    stacklevel=3,
+                )
+
+            # 4. Look at some again, with defects on them
+            looks, masks = (
+                [(features[:0], residuals[:0], summaries[:0], raw_maps[:0])],
+                [torch.zeros(0, *[map_size] * 2)],
+            )
+            for number, i in own_sources:
+                other = next(
+                    j % len(names) for j in range(i + 1, i + 1 + len(names)) if names[j % len(names)] == names[i]
+                )
+                (x_0, texture), _ = processor.preprocess([(good + held_out)[j] for j in (i, other)])
+                x_0, mask = with_defects(x_0, texture, number)
+                looks.append(look(x_0, [names[i]] * len(x_0)))
+                masks.append(F.adaptive_avg_pool2d(mask, map_size))
+                progress.update(len(x_0))
+
+        # 5. Fit
+        twins = Twins(
+            *(torch.cat(parts) for parts in zip(*looks, strict=True)),
+            masks=torch.cat(masks),
+            sources=[i // world for _, i in own_sources for _ in KINDS],
+            numbers=[len(KINDS) * number + k for number, _ in own_sources for k in range(len(KINDS))],
+            total=len(KINDS) * len(sources),
+        )
+        labels = [known.index(name) for name in names]
+        given = twins if sources else None
+        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, given, chosen)
+        normality.half().float()  # saved in half precision: what is used is what is saved
+        self.register_modules(normality=normality.to(self._execution_device))
+        return self
+
+
+def defect_sources(num_images: int, num_scored: int) -> list[int]:
+    """Which of the images get defects: of the last `num_scored`, evenly spread."""
+    places = np.linspace(0, num_scored - 1, min(num_scored, MAX_SOURCES)).round().astype(int)
+    return (num_images - num_scored + places).tolist()
+
+
+def with_defects(x_0: torch.Tensor, texture: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image [3, S, S] in [-1, 1] with a defect of each of `KINDS`, [2, 3, S, S], and their masks [2, S, S]."""
+    shown, other = (((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for x in (x_0, texture))
+    bad, masks = (np.stack(part) for part in zip(*defective_twins(shown, other, number), strict=True))
+    # The change alone is of 8 bits: elsewhere the picture keeps all of its own
+    change = torch.from_numpy(bad - shown.astype(np.float32)).permute(0, 3, 1, 2) / 127.5
+    return (x_0 + change).clamp(-1, 1), torch.from_numpy(masks).float()
