@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .models.fusion import judged_by
+
 TASK = "image-segmentation"
 TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion"]
 METRICS = {  # how the Hub calls the kind of metric, and its name in the card
@@ -98,6 +100,9 @@ def create_model_card(
         facts = isinstance(training, Mapping)
         text = "\n".join(f"- {name}: {value}" for name, value in training.items()) if facts else training
         paragraphs.append("## How it was trained\n\n" + text)
+    if pipeline.normality is not None:
+        told = "\n".join(f"- {sentence}" for sentence in judged_by(pipeline.normality.config))
+        paragraphs.append(f"## What it judges by\n\n{told}")
     if summary:
         paragraphs.append("## Data\n\n" + summary)
     if denoising:

@@ -67,8 +67,8 @@ class RADFittingMixin:
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             generator: In the place of `seed`, as in scoring.
             config: Further arguments of `NormalityModel`. `weights` and `image_weights` that are not given are chosen
-                on some of these images with defects put on them, and `pixel_range` is found in the images; others are
-                by default those of the present one.
+                on some of these images with defects put on them, which takes up to 96 looks more; `pixel_range` is
+                found in the images; others are by default those of the present one.
 
         Returns:
             Itself.
@@ -127,7 +127,7 @@ class RADFittingMixin:
 
         chosen = [name for name in ("weights", "image_weights") if name not in config]
         num_scored = len(held_out) or len(good)
-        sources = defect_sources(len(names), num_scored) if chosen else []
+        sources = defect_sources(len(names), num_scored)
         own_sources = [(number, i) for number, i in enumerate(sources) if i % world == rank]
         prints, looks = torch.zeros(len(names), dtype=torch.int64), []
         with self.progress_bar(total=len(own) + len(KINDS) * len(own_sources)) as progress:
@@ -161,16 +161,12 @@ class RADFittingMixin:
                 progress.update(len(x_0))
 
         # 5. Fit
-        twins = Twins(
-            *(torch.cat(parts) for parts in zip(*looks, strict=True)),
-            masks=torch.cat(masks),
-            sources=[i // world for _, i in own_sources for _ in KINDS],
-            numbers=[len(KINDS) * number + k for number, _ in own_sources for k in range(len(KINDS))],
-            total=len(KINDS) * len(sources),
-        )
+        seen, left, whole, maps = (torch.cat(parts) for parts in zip(*looks, strict=True))
+        numbers = [len(KINDS) * number + k for number, _ in own_sources for k in range(len(KINDS))]
+        places = [i // world for _, i in own_sources for _ in KINDS]
+        twins = Twins(seen, left, whole, maps, torch.cat(masks), places, numbers, len(KINDS) * len(sources))
         labels = [known.index(name) for name in names]
-        given = twins if sources else None
-        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, given, chosen)
+        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen)
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
         return self

@@ -115,12 +115,17 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=3000,
         help="Of training the discriminator on artificial defects; 0 leaves out its score.",
     )
-    add("--map_weights", type=float, nargs=len(MAP_WEIGHTS), help=f"In the map, of {', '.join(MAP_WEIGHTS)}.")
+    add(
+        "--map_weights",
+        type=float,
+        nargs=len(MAP_WEIGHTS),
+        help=f"In the map, of {', '.join(MAP_WEIGHTS)}; by default chosen on good images with defects put on them.",
+    )
     add(
         "--image_weights",
         type=float,
         nargs=len(IMAGE_WEIGHTS),
-        help=f"In the image score, of {', '.join(IMAGE_WEIGHTS)}.",
+        help=f"In the image score, of {', '.join(IMAGE_WEIGHTS)}; likewise.",
     )
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
     add(

@@ -22,6 +22,8 @@ from rad.image_reader import ImageInput
 from rad.models.evidence import Evidence, paper_scores, to_grid
 from rad.models.normality import NormalityModel
 
+KEPT = ("gaussian_size", "gaussian_channels", "gaussian_block", "weights", "image_weights")  # settings of a refit
+
 
 def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: int) -> tuple[list[int], ...]:
     """Indices of the good images: those trained on, and two halves of those held out.
@@ -129,7 +131,7 @@ def refit(
         holdout_categories=[dataset.samples[i].category for i in holdout],
         batch_size=batch_size,
         accelerator=accelerator,
-        **{name: config[name] for name in ("gaussian_size", "gaussian_channels", "gaussian_block")},
+        **{name: config[name] for name in KEPT},
     )
     if accelerator.is_main_process:
         with whole(path) as partial:

@@ -49,6 +49,7 @@ from rad.data.dataset import evenly
 from rad.denoising import draw_denoising, measure_denoiser, quality_table
 from rad.files import remove_partials
 from rad.losses import compute_losses
+from rad.models.fusion import judged_by
 from rad.models.guided_diffusion import load_guided_diffusion
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
 from rad.pipeline_loading import EMBEDDED_DIR, LIMITS
@@ -411,6 +412,8 @@ def main(args: argparse.Namespace) -> None:
         **{name: value for name, value in fusion.items() if value is not None},
     )
     logger.info(f"Fitted normality in {(time.monotonic() - start) / 60:.1f} minutes.")
+    for sentence in judged_by(pipeline.normality.config):
+        logger.info(sentence)
     num_scores = pipeline.normality.config.num_scores
     logger.info(
         f"Thresholds rest on {num_scores} good images that the fit did not see: false-alarm rates below "

@@ -1,14 +1,14 @@
 """How a normality model is fitted: Gaussians, units, weights and thresholds, none of them from an image's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from .evidence import FUSED, to_grid
-from .false_alarms import TAIL
-from .fusion import Look, Twins, choose_weights
+from .false_alarms import TAIL, p_values
+from .fusion import Look, Twins, choose_weights, count_found
 from .gaussian import (
     MAX_SUMMARIES,
     MIN_SCORED,
@@ -28,13 +28,9 @@ from .gaussian import (
 class FittingMixin:
     """The fit of a `NormalityModel`, to its buffers and its configuration."""
 
-    config: Any
-    register_to_config: Callable[..., None]
-    score_types: tuple[str, ...]
-
     @torch.no_grad()
     def fit(
-        self,
+        self: Any,
         features: torch.Tensor,
         residuals: torch.Tensor,
         summaries: torch.Tensor,
@@ -45,7 +41,7 @@ class FittingMixin:
         reduce: Reduce = lambda part: part,
         twins: Twins | None = None,
         chosen: Sequence[str] = ("weights", "image_weights"),
-    ) -> "FittingMixin":
+    ) -> Any:
         """Fits on good images, in place; every score that enters a threshold is held out.
 
         All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
@@ -68,7 +64,8 @@ class FittingMixin:
             categories: Their names; each needs at least two scored images.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
-            twins: Of scored images in this share; without any the weights stay as they are.
+            twins: Of scored images in this share; without any the weights stay as they are, and how much is found is
+                not known.
             chosen: Which weights are chosen.
 
         Returns:
@@ -142,13 +139,14 @@ class FittingMixin:
 
         # 4. What to judge by
         row_label, row_good = label_of[scored], is_good[scored]
+        of_twins = (~row_good).nonzero().flatten()
         if twins is not None:
-            of_good, of_bad = rows[torch.tensor(twins.sources, dtype=torch.long)], (~row_good).nonzero().flatten()
-            good, bad = (
-                Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of]) for of in (of_good, of_bad)
-            )
+            sources = rows[torch.tensor(twins.sources, dtype=torch.long)]
+            looks = [
+                Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of]) for of in (sources, of_twins)
+            ]
             priors = {name: self.config[name] for name in chosen}
-            self.register_to_config(**choose_weights(good, bad, twins, priors, self._top_mean, reduce))
+            self.register_to_config(**choose_weights(*looks, twins, priors, self._top_mean, reduce))
 
         # 5. Unit deviation of the fused map and of image scores
         names = self.score_types
@@ -175,11 +173,17 @@ class FittingMixin:
         rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
+        if twins is not None:  # a twin is as odd as its fused score, which no threshold knows
+            own = row_label[of_twins]
+            score = self._image_score(self._combine(z[of_twins], self.map_scale[own]), FUSED, outlying[of_twins])
+            score = (score - self.score_location[own, 0]) / self.score_scale[own, 0]
+            found = count_found(p_values(score, self.good_scores[0].double()), twins, reduce)
+            self.register_to_config(found=found)
         if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
             raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
         return self
 
-    def half(self) -> "FittingMixin":
+    def half(self: Any) -> Any:
         """To half precision, but for statistics that would overflow there, as those of images much alike do."""
         for name, buffer in self.named_buffers():
             if buffer.half().isfinite().all():
@@ -187,7 +191,7 @@ class FittingMixin:
         return self
 
     def _resize(
-        self,
+        self: Any,
         features: torch.Tensor,
         summaries: torch.Tensor,
         raw_maps: torch.Tensor,

@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..metrics import image_auroc, pixel_metrics
-from .evidence import GLOBAL, weighted_sum
+from ..metrics import image_auroc
+from .evidence import GLOBAL, SCORE_TYPES, weighted_sum
 from .gaussian import Reduce
 
-KINDS = ("drawn", "pasted")  # of defects, in turns
+# Of defects, in turns, and how much each counts: pasted ones are of any size, but some hardly differ from the product
+KINDS = {"drawn": 1.5, "pasted": 1.0}
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # weights that are tried
 NUM_ROUNDS = 3  # through all scores
 MIN_TWINS = 8  # fewer say too little: the prior stays
-PRIOR_WEIGHT = 1.3  # of the squared distance from the prior's direction, divided by the number of twins
+PRIOR_WEIGHT = 0.5  # of the squared distance from the prior's direction, divided by the number of twins
 COST = 1e-3  # of a score: one that gains less is left out
 FAR = 3.0  # good images' deviations from which on a defect is found anyway
+RATES = np.geomspace(5e-4, 0.3, 30)  # of good positions called defective, at which defects are to be found
+TOLD_RATES = (0.01, 0.05, 0.1)  # false-alarm rates at which it is told how many defects are found
 COVERED = 0.25  # share of a position that is defective: from here on the position is
 
 
@@ -74,9 +78,11 @@ def choose_weights(
 ) -> dict[str, dict[str, float]]:
     """Weights by which a product's own good images are best told from the same images with defects.
 
-    Weights of the map are those of the highest AUPRO and pixel AP, weights of the image score those of the highest
-    image AUROC and, once all are told apart, of the largest distance; means over drawn and pasted defects. A prior
-    counts the more the fewer twins there are, and a score that gains nothing is left out.
+    Weights of the map are those that find the largest share of each defect, on average over false-positive rates that
+    are evenly spread in their logarithm: precise maps and whole defects count alike, and so do large and small ones.
+    Weights of the image score are those of the highest image AUROC and, once all are told apart, of the largest
+    distance; means over drawn and pasted defects. A prior counts the more the fewer twins there are, and a score that
+    gains nothing is left out.
 
     Args:
         good: The images that got defects, one for each twin of this process.
@@ -94,23 +100,26 @@ def choose_weights(
     bad = bad.gather(twins.numbers, twins.total, reduce)
     good = good.gather([number // len(KINDS) for number in twins.numbers], twins.total // len(KINDS), reduce)
     seen = masks.flatten(1).any(1)
-    kinds = [(seen & (torch.arange(len(masks)) % len(KINDS) == k)).nonzero().flatten() for k in range(len(KINDS))]
-    kinds = [kind for kind in kinds if len(kind)]
+    kinds = [of.nonzero().flatten() for of in kinds_of(seen)]
+    shares = [share for kind, share in zip(kinds, KINDS.values(), strict=True) if len(kind)]
     if int(seen.sum()) < MIN_TWINS:
         return {name: dict(prior) for name, prior in priors.items()}
     least = masks.flatten(1).amax(1).view(-1, 1, 1) / 2  # a thin scratch covers no position
     defective = masks > least.clamp_max(COVERED)
-    clean = np.zeros(good.outlying.shape + masks.shape[1:], bool)
-    pairs = [(bad.pick(kind), np.concatenate([defective[kind].numpy(), clean])) for kind in kinds]
+    pairs = [(bad.pick(kind), defective[kind].flatten(1).numpy()) for kind in kinds if len(kind)]
 
-    # 2. How well weights do, less what they cost
+    # 2. How well weights do; what spills over a defect's edge counts as false
     def of_map(weights: Mapping[str, float]) -> float:
-        fused, gains = weighted_sum(good.maps, weights), []
+        clean, found = weighted_sum(good.maps, weights).flatten().numpy(), []
         for look, truth in pairs:
-            maps = torch.cat([weighted_sum(look.maps, weights), fused]).numpy()
-            metrics = pixel_metrics(maps, truth, (0.3,))
-            gains.append(metrics["aupro"] + metrics["pixel_ap"])
-        return float(np.mean(gains))
+            maps = weighted_sum(look.maps, weights).flatten(1).numpy()
+            outside = np.concatenate([clean, maps[~truth]])
+            places = ((1 - RATES) * (len(outside) - 1)).astype(int)
+            thresholds = np.partition(outside, places)[places]
+            inside = [np.sort(values[mask]) for values, mask in zip(maps, truth, strict=True)]
+            missed = [np.searchsorted(values, thresholds, side="right") / len(values) for values in inside]
+            found.append(1 - np.mean(missed))
+        return float(np.average(found, weights=shares))
 
     def of_image(weights: Mapping[str, float]) -> float:
         def score(look: Look) -> torch.Tensor:
@@ -123,7 +132,7 @@ def choose_weights(
             distance = (of_bad - of_good.mean()) / of_good.std().clamp_min(1e-6)
             auroc = image_auroc(torch.cat([of_bad, of_good]).numpy(), labels)
             gains.append(auroc + 0.5 * float((distance / FAR).clamp(0, 1).mean()))
-        return float(np.mean(gains))
+        return float(np.average(gains, weights=shares))
 
     # 3. Climb from the prior
     pull, chosen = PRIOR_WEIGHT / int(seen.sum()), {}
@@ -133,6 +142,43 @@ def choose_weights(
         best = climb(of_map if argument == "weights" else of_image, names, start, pull)
         chosen[argument] = {**dict.fromkeys(prior, 0.0), **dict(zip(names, best.tolist(), strict=True))}
     return chosen
+
+
+def kinds_of(seen: torch.Tensor) -> list[torch.Tensor]:
+    """Which of all twins are of each kind, of those whose defect is seen, bool [M] each."""
+    turns = torch.arange(len(seen)) % len(KINDS)
+    return [seen & (turns == number) for number in range(len(KINDS))]
+
+
+def count_found(p_values: torch.Tensor, twins: Twins, reduce: Reduce) -> dict[str, dict[str, int]]:
+    """Of each kind of defect, how many there are ("of"), and how many are found at each of `TOLD_RATES` ("0.01"), from
+    the p-values of this process's twins."""
+    seen = _gather(twins.masks.flatten(1).any(1).long(), twins.numbers, twins.total, reduce) > 0
+    p_values = _gather(p_values, twins.numbers, twins.total, reduce)
+    return {
+        kind: {"of": int(of.sum()), **{f"{rate:g}": int((p_values[of] <= rate).sum()) for rate in TOLD_RATES}}
+        for kind, of in zip(KINDS, kinds_of(seen), strict=True)
+    }
+
+
+def judged_by(config: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a normality model of this configuration judges by, and what it finds."""
+    titles = {name: score_type.title for name, score_type in SCORE_TYPES.items()}
+    sentences = []
+    for part, weights in (("map", config["weights"]), ("image score", config["image_weights"])):
+        used = {name: weight for name, weight in weights.items() if weight}
+        if not config["discriminator"]:
+            used.pop("discriminator", None)
+        named = ", ".join(f"{titles[name]} {used[name]:g}" for name in sorted(used, key=lambda name: -used[name]))
+        sentences.append(f"Weights in the {part}: {named}.")
+    if not config["found"]:
+        return sentences
+    rates = [f"{rate:g}" for rate in TOLD_RATES if rate >= 1 / (config["num_scores"] + 1)] or [f"{TOLD_RATES[-1]:g}"]
+    kinds = [
+        f"{counts[rates[0]]} of {counts['of']} {kind}" for kind, counts in config["found"].items() if counts["of"]
+    ]
+    at = f"at a false-alarm rate of {float(rates[0]):.0%}"
+    return [*sentences, f"Of defects put on its own good images it finds {' and '.join(kinds)} ones {at}."]
 
 
 def climb(

@@ -62,6 +62,8 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
         num_scores: Held-out good images in all.
         pixel_range, darkest_peak: Of good images, as `RADImageProcessor` takes them.
+        found: Of each kind of defects put on good images in the fit, how many there were ("of") and how many are found
+            at false-alarm rates ("0.01"); empty where there were none.
         discriminator: Whether there are maps of a discriminator; without one, its weights do not count.
     """
 
@@ -86,6 +88,7 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         discriminator: bool = False,
         pixel_range: Sequence[int] = (0, 255),
         darkest_peak: int = 0,
+        found: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         super().__init__()
         _check_weights("weights", weights, [name for name in WEIGHTED if name != GLOBAL])

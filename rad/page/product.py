@@ -15,6 +15,7 @@ from rad.data.listing import IMAGE_SUFFIXES
 from rad.data.roles import meaning_of
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
+from rad.models.fusion import judged_by
 from rad.pipeline_arguments import check_different, fingerprint
 
 from . import models, visitors
@@ -167,6 +168,7 @@ def report(model: str) -> str:
         f"<td>{100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f} %</td></tr>"
         for row in rows
     )
+    judged = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in judged_by(product.normality.config))
     few = " More photos narrow this." if num_good < 100 else ""
     named = ", ".join(product.left_out) + (" ..." if product.num_left_out > len(product.left_out) else "")
     left_out = f" {product.num_left_out} files that are no pictures were left out: {named}." if named else ""
@@ -176,7 +178,8 @@ def report(model: str) -> str:
         f"{html.escape(left_out)}</p>"
         "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"
-        f"<tbody>{cells}</tbody></table><p class='note'>With {num_good} pictures no odds rarer than 1 in "
+        f"<tbody>{cells}</tbody></table><ul class='note'>{judged}</ul>"
+        f"<p class='note'>With {num_good} pictures no odds rarer than 1 in "
         f"{round(1 / product.normality.p_value_resolution):,} can be told.{few}</p></div>"
     )
 
