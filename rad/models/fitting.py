@@ -142,11 +142,11 @@ class FittingMixin:
         of_twins = (~row_good).nonzero().flatten()
         if twins is not None:
             sources = rows[torch.tensor(twins.sources, dtype=torch.long)]
-            looks = [
+            before, after = (
                 Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of]) for of in (sources, of_twins)
-            ]
+            )
             priors = {name: self.config[name] for name in chosen}
-            self.register_to_config(**choose_weights(*looks, twins, priors, self._top_mean, reduce))
+            self.register_to_config(**choose_weights(before, after, twins, priors, self._top_mean, reduce))
 
         # 5. Unit deviation of the fused map and of image scores
         names = self.score_types
