@@ -15,6 +15,7 @@ from scipy.ndimage import label
 from rad import RADPipeline, RADScheduler, RADUNet2DModel
 from rad.image_processor import resize_map, to_pil
 from rad.models.evidence import SCORE_TYPES
+from rad.pipeline_fitting import defect_sources, with_defects
 from rad.pipeline_output import find_regions
 from rad.scheduler_rad import antithetic_noise
 
@@ -394,6 +395,32 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 def test_unknown_embedded_model():
     with pytest.raises(ValueError, match="synthetic, mtd"):
         RADPipeline.from_embedded("bottle")
+
+
+def test_a_fit_chooses_its_weights_unless_they_are_given(pipeline, good_images):
+    given = {"weights": {"mahalanobis": 1.0}, "image_weights": {"global": 1.0}}
+    kept = pipeline.with_normality(pipeline.normality).fit_normality(good_images[:8], gaussian_channels=8, **given)
+    chosen = kept.with_normality(kept.normality).fit_normality(good_images[:8], gaussian_channels=8)
+    for name, weights in given.items():
+        assert dict(kept.normality.config[name]) == weights
+        assert dict(chosen.normality.config[name]) != weights  # those of another product do not stay
+    for config in (kept.normality.config, chosen.normality.config):
+        assert {kind: counts["of"] for kind, counts in config.found.items()} == {"drawn": 8, "pasted": 8}
+
+
+def test_defects_for_the_choice_leave_the_rest_of_the_picture_as_it_is():
+    """An image of more than 8 bits keeps its own values where nothing was drawn."""
+    x_0, texture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    twins, masks = with_defects(x_0, texture, 0)
+    assert twins.shape == (2, 3, 64, 64) and masks.shape == (2, 64, 64) and masks.flatten(1).any(1).all()
+    assert torch.equal(twins[0].masked_fill(masks[0] > 0, 0), x_0.masked_fill(masks[0] > 0, 0))
+    assert ((twins - x_0).abs().amax(1) > 0).flatten(1).any(1).all()
+
+
+def test_defects_are_put_on_scored_images_evenly():
+    assert defect_sources(10, 4) == [6, 7, 8, 9]
+    many = defect_sources(1000, 500)
+    assert len(many) == len(set(many)) == 48 and many[0] == 500 and many[-1] == 999
 
 
 def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):

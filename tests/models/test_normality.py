@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import new_pipeline, texture
+from draws import CHANNELS, MAP, SIDE, TIMESTEPS, GoodImages, summarise
 from processes import run_twice
 from scipy.spatial.distance import mahalanobis
 from scipy.stats import beta
@@ -21,41 +22,11 @@ from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
 from rad.models.gaussian import Moments, fit_gaussian
 
-CHANNELS, SIDE, DIRECTIONS, MAP, TIMESTEPS = 6, 16, 4, 16, (20, 201)
+DIRECTIONS = 4
 GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
 MAPS = tuple(name for name, score_type in SCORE_TYPES.items() if score_type.has_map)
 CONFIG = {"gaussian_channels": DIRECTIONS, "timesteps": TIMESTEPS, "top_k": 8}
 COUNT = 100
-
-
-class GoodImages:
-    """Draws of good images: features, residuals and raw maps with a mean and a deviation at each position."""
-
-    def __init__(self, seed: int, offset: float = 0.0):
-        self.rng = np.random.default_rng(seed)
-        layout = np.random.default_rng(8)
-        self.mixing = layout.standard_normal((2, CHANNELS, CHANNELS)) / CHANNELS**0.5 + np.eye(CHANNELS)
-        self.mean = layout.normal(offset, 3.0, (CHANNELS, SIDE, SIDE))
-        self.location = layout.uniform(1, 5, (3 * len(TIMESTEPS) + 1, MAP, MAP))
-        self.deviation = layout.uniform(0.5, 1.5, (3 * len(TIMESTEPS) + 1, MAP, MAP))
-        self.location[-1], self.deviation[-1] = -4.0, 2.0  # logits mean the same everywhere
-
-    def _draw(self, count: int, mixing: np.ndarray, cell: int) -> np.ndarray:
-        """Deviations that averaging over cells of this side leaves with about unit variance."""
-        return np.einsum("cd,ndhw->nchw", mixing, cell * self.rng.standard_normal((count, CHANNELS, SIDE, SIDE)))
-
-    def features(self, count: int) -> torch.Tensor:
-        return torch.from_numpy(self._draw(count, self.mixing[0], 2) + self.mean).float()
-
-    def residuals(self, count: int) -> torch.Tensor:
-        return torch.from_numpy(self._draw(count, self.mixing[1], 4) + 0.2 * self.mean).float()
-
-    def raw_maps(self, count: int) -> torch.Tensor:
-        noise = self.rng.standard_normal((count, *self.location.shape))
-        return torch.from_numpy(self.location + self.deviation * noise).float()
-
-    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.features(count), self.residuals(count), self.raw_maps(count)
 
 
 def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **config) -> NormalityModel:
@@ -72,11 +43,6 @@ def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **conf
 def is_pooled(model: NormalityModel) -> list[bool]:
     """For each category, whether one Gaussian serves all positions: the mean then is the same everywhere."""
     return [bool((mean == mean[:, :1, :1]).all()) for mean in model.feature_mean]
-
-
-def summarise(features: torch.Tensor) -> torch.Tensor:
-    """Stands for the extractor's summaries: the mean over all positions, in other units, [N, CHANNELS]."""
-    return 3 * features.mean((2, 3)) + 5
 
 
 def score(model: NormalityModel, features, residuals, raw_maps, label: int = 0):
