@@ -16,7 +16,9 @@ KINDS = {"drawn": 1.5, "pasted": 1.0}
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # weights that are tried
 NUM_ROUNDS = 3  # through all scores
 MIN_TWINS = 8  # fewer say too little: the prior stays
-PRIOR_WEIGHT = 0.5  # of the squared distance from the prior's direction, divided by the number of twins
+# Of the squared distance from the prior's direction, divided by the number of good images that got defects. What an
+# image score gains is noisier than what a map does
+PULL = {"weights": 0.25, "image_weights": 0.65}
 COST = 1e-3  # of a score: one that gains less is left out
 FAR = 3.0  # good images' deviations from which on a defect is found anyway
 RATES = np.geomspace(5e-4, 0.3, 30)  # of good positions called defective, at which defects are to be found
@@ -135,10 +137,11 @@ def choose_weights(
         return float(np.average(gains, weights=shares))
 
     # 3. Climb from the prior
-    pull, chosen = PRIOR_WEIGHT / int(seen.sum()), {}
+    chosen = {}
     for argument, prior in priors.items():
         names = [name for name in (*good.maps, GLOBAL) if name in prior]
         start = np.array([prior[name] for name in names], float)
+        pull = PULL[argument] / len(good.outlying)
         best = climb(of_map if argument == "weights" else of_image, names, start, pull)
         chosen[argument] = {**dict.fromkeys(prior, 0.0), **dict(zip(names, best.tolist(), strict=True))}
     return chosen
