@@ -1,6 +1,7 @@
 """Processes: how many there are, on what, and with how many cores each."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from accelerate.utils import (
 )
 
 from rad.models.discriminator import computes_bf16
+
+logger = logging.getLogger("rad.train")
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 
@@ -68,6 +71,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
     if on_cpu and args.mixed_precision == "auto" and computes_bf16(torch.device("cpu")):
         mixed_precision = "bf16"
+    if on_cpu and mixed_precision == "bf16" and not computes_bf16(torch.device("cpu")):
+        logger.warning("This processor only emulates bfloat16, which is many times slower: --mixed_precision auto.")
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
     if args.report_to != "none" and not trackers:
         wanted = "tensorboard" if args.report_to == "all" else args.report_to

@@ -2,10 +2,12 @@
 
 import importlib
 import os
+from types import SimpleNamespace
 
 import launching
 import pytest
 import torch
+from arguments import parse_args
 
 
 @pytest.fixture
@@ -66,3 +68,17 @@ def test_every_command_shares_its_cores_so(monkeypatch, name, tmp_path):
     monkeypatch.setattr(script, "share_cores", shared)
     with pytest.raises(Shared):
         script.main(script.parse_args(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path), "--model", "x"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "computes", "warned"), [("bf16", False, True), ("bf16", True, False), ("auto", False, False)]
+)
+def test_a_processor_that_only_emulates_bfloat16_is_told_of(monkeypatch, caplog, tmp_path, asked, computes, warned):
+    given = {}
+    monkeypatch.setattr(launching, "computes_bf16", lambda device: computes)
+    monkeypatch.setattr(launching, "PartialState", lambda cpu: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(launching, "Accelerator", lambda **kwargs: given.update(kwargs))
+    flags = ["--train_data_dir", "x", "--output_dir", str(tmp_path), "--mixed_precision", asked]
+    launching.create_accelerator(parse_args(flags))
+    assert ("only emulates bfloat16" in caplog.text) is warned
+    assert given["mixed_precision"] == (None if asked == "auto" else "bf16")
