@@ -90,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="By default a GPU if there is one.")
     parser.add_argument("--output_dir", type=expanduser, default="suite", help="For all that is made and measured.")
     parser.add_argument(
-        "--page", help="Also put the table into this Markdown file, between <!-- suite --> and <!-- end -->."
+        "--page",
+        help="Also put table and figure into this Markdown file, between <!-- suite --> and <!-- end -->.",
     )
     return parser.parse_args(argv)
 
@@ -218,11 +219,14 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float | None
         for file, text in texts.items():
             with whole(folder / file) as partial:
                 partial.write_text(text, encoding="utf-8")
-    with whole(folder / "suite.png") as partial:
-        draw(results).savefig(partial)
+    figure = draw(results)
+    for path in [folder / "suite.png", *([Path(args.page).with_name("suite.png")] if args.page else [])]:
+        with whole(path) as partial:
+            figure.savefig(partial)
     if args.page:
         page = Path(args.page)
-        text = insert(page.read_text(encoding="utf-8"), "suite", to_markdown(results))
+        shown = f"{to_markdown(results)}\n\n![Image AUROC, pixel AP and AUPRO on each set and their means](suite.png)"
+        text = insert(page.read_text(encoding="utf-8"), "suite", shown)
         with whole(page) as partial:
             partial.write_text(text, encoding="utf-8")
     print(to_markdown(results))
