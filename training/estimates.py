@@ -17,6 +17,8 @@ from discriminator import fit_discriminator
 from rad import RADPipeline
 from rad.data.batches import TrainingSampler
 from rad.losses import compute_losses
+from rad.models.fusion import KINDS
+from rad.pipeline_fitting import MAX_SOURCES
 
 logger = logging.getLogger("rad.train")
 
@@ -53,7 +55,8 @@ def estimate_time(
         return time.perf_counter() - start
 
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):  # leaves no trace
-        fit = 1.3 * seconds(3, args.resolution, False) * num_images / accelerator.num_processes  # three timesteps
+        looks = num_images + len(KINDS) * min(num_images, MAX_SOURCES)  # some of them with defects, too
+        fit = 1.3 * seconds(3, args.resolution, False) * looks / accelerator.num_processes  # three timesteps
         text = f"{fit / 60:.0f} minutes for normality"
         if args.discriminator_steps and not args.fit_only:
             networks = pipeline.unet, pipeline.scheduler, pipeline.feature_extractor
