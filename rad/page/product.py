@@ -34,8 +34,8 @@ PICTURES = (*IMAGE_SUFFIXES, ".zip")  # a zip among them is one that cannot be o
 HELP = f"""
 Drop {MIN_PICTURES} or more photos of **good** parts, all taken the same way (same camera, light and pose), or a zip of
 them. The network of the chosen model stays; what is fitted is *what your good parts look like to it*. That takes about
-half a second a photo, and as long again for each of up to 96 copies with a defect put on them, by which the model learns
-what to judge by. Files that are no pictures by their names, hidden files and thumbnails are left out. The model
+half a second a photo, and again for each of up to 96 copies with a defect put on them, by which the model learns what
+to judge by. Files that are no pictures by their names, hidden files and thumbnails are left out. The model
 is yours alone, works in the other tabs at once, and is deleted when you leave: download it to keep it.
 """
 NEXT = """
