@@ -12,7 +12,7 @@ from .data.twins import defective_twins
 from .image_processor import RADImageProcessor, find_pixel_range
 from .image_reader import PipelineImageInput, peak
 from .models.fusion import KINDS, Twins
-from .models.gaussian import MIN_GOOD, check_counts
+from .models.gaussian import MIN_GOOD, NUM_FOLDS, check_counts
 from .models.normality import NormalityModel
 from .pipeline_arguments import (
     as_list,
@@ -50,7 +50,7 @@ class RADFittingMixin:
         generator: torch.Generator | None = None,
         **config: Any,
     ) -> Any:
-        """Fits what good images look like, in place and with no training: seconds for tens of images. Where this
+        """Fits what good images look like, in place and with no training: less than a second an image. Where this
         pipeline is to stay as it is, fit the one that `with_normality` gives.
 
         Args:
@@ -67,8 +67,9 @@ class RADFittingMixin:
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             generator: In the place of `seed`, as in scoring.
             config: Further arguments of `NormalityModel`. `weights` and `image_weights` that are not given are chosen
-                on some of these images with defects put on them, which takes up to 96 looks more; `pixel_range` is
-                found in the images; others are by default those of the present one.
+                on some of these images with defects put on them; `pixel_range` is found in the images; others are by
+                default those of the present one. Up to 96 looks at such defects are taken in any case, to tell how
+                many are found.
 
         Returns:
             Itself.
@@ -118,26 +119,35 @@ class RADFittingMixin:
         normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
         processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
 
-        # 3. Look at it, keeping no more than the Gaussians and the maps need
-        def look(x_0: torch.Tensor, categories: list[str]) -> tuple[torch.Tensor, ...]:
-            evidence = self.measure(x_0, categories, timesteps, draws, seed)
-            features = F.adaptive_avg_pool2d(evidence.features.float(), size).half()
-            residuals = F.adaptive_avg_pool2d(evidence.residuals, size // 2).half()
-            return tuple(t.cpu() for t in (features, residuals, evidence.summaries, evidence.stack(map_size)))
-
+        # 3. Look at it, keeping no more than the Gaussians and the maps need; rows of images with defects come last
         chosen = [name for name in ("weights", "image_weights") if name not in config]
         num_scored = len(held_out) or len(good)
-        sources = defect_sources(len(names), num_scored)
+        sources = defect_sources(names, num_scored)
         own_sources = [(number, i) for number, i in enumerate(sources) if i % world == rank]
-        prints, looks = torch.zeros(len(names), dtype=torch.int64), []
-        with self.progress_bar(total=len(own) + len(KINDS) * len(own_sources)) as progress:
+        num_twins = len(KINDS) * len(own_sources)
+        features = torch.empty(len(own) + num_twins, self.feature_extractor.num_channels, size, size, dtype=torch.half)
+        residuals = torch.empty(*features.shape[:2], size // 2, size // 2, dtype=torch.half)
+        summaries = torch.empty(len(features), self.feature_extractor.num_summaries)
+        num_maps = 3 * len(timesteps) + config["discriminator"]
+        raw_maps = torch.empty(len(features) - unscored, num_maps, map_size, map_size)
+
+        def look(x_0: torch.Tensor, categories: list[str], start: int) -> None:
+            evidence, rows = self.measure(x_0, categories, timesteps, draws, seed), slice(start, start + len(x_0))
+            features[rows] = F.adaptive_avg_pool2d(evidence.features.float(), size)
+            residuals[rows] = F.adaptive_avg_pool2d(evidence.residuals, size // 2)
+            summaries[rows] = evidence.summaries
+            if rows.stop > unscored:
+                maps = evidence.stack(map_size)[max(unscored - start, 0) :]
+                raw_maps[max(start - unscored, 0) : rows.stop - unscored] = maps
+
+        prints = torch.zeros(len(names), dtype=torch.int64)
+        masks = torch.zeros(num_twins, map_size, map_size)
+        with self.progress_bar(total=len(features)) as progress:
             for batch in batches(len(own), batch_size):
                 x_0, _ = processor.preprocess(own[batch])
                 prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
-                *kept, maps = look(x_0, own_names[batch])
-                looks.append((*kept, maps[max(unscored - batch.start, 0) :]))
+                look(x_0, own_names[batch], batch.start)
                 progress.update(len(x_0))
-            features, residuals, summaries, raw_maps = (torch.cat(parts) for parts in zip(*looks, strict=True))
             if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
                 warnings.warn(
                     f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for "
@@ -146,25 +156,20 @@ class RADFittingMixin:
                 )
 
             # 4. Look at some again, with defects on them
-            looks, masks = (
-                [(features[:0], residuals[:0], summaries[:0], raw_maps[:0])],
-                [torch.zeros(0, *[map_size] * 2)],
-            )
-            for number, i in own_sources:
-                other = next(
-                    j % len(names) for j in range(i + 1, i + 1 + len(names)) if names[j % len(names)] == names[i]
-                )
+            for place, (number, i) in enumerate(own_sources):
+                other = texture_of(i, names, num_scored)
                 (x_0, texture), _ = processor.preprocess([(good + held_out)[j] for j in (i, other)])
                 x_0, mask = with_defects(x_0, texture, number)
-                looks.append(look(x_0, [names[i]] * len(x_0)))
-                masks.append(F.adaptive_avg_pool2d(mask, map_size))
+                start = len(KINDS) * place
+                masks[start : start + len(KINDS)] = F.adaptive_avg_pool2d(mask, map_size)
+                for part in batches(len(x_0), batch_size):
+                    look(x_0[part], [names[i]] * len(x_0[part]), len(own) + start + part.start)
                 progress.update(len(x_0))
 
         # 5. Fit
-        seen, left, whole, maps = (torch.cat(parts) for parts in zip(*looks, strict=True))
         numbers = [len(KINDS) * number + k for number, _ in own_sources for k in range(len(KINDS))]
         places = [i // world for _, i in own_sources for _ in KINDS]
-        twins = Twins(seen, left, whole, maps, torch.cat(masks), places, numbers, len(KINDS) * len(sources))
+        twins = Twins(masks, places, numbers, len(KINDS) * len(sources))
         labels = [known.index(name) for name in names]
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen)
         normality.half().float()  # saved in half precision: what is used is what is saved
@@ -172,10 +177,31 @@ class RADFittingMixin:
         return self
 
 
-def defect_sources(num_images: int, num_scored: int) -> list[int]:
-    """Which of the images get defects: of the last `num_scored`, evenly spread."""
-    places = np.linspace(0, num_scored - 1, min(num_scored, MAX_SOURCES)).round().astype(int)
-    return (num_images - num_scored + places).tolist()
+def defect_sources(names: Sequence[str], num_scored: int) -> list[int]:
+    """Which images get defects: of the last `num_scored`, in turn of each category as many, evenly spread."""
+    members = [scored_of(name, names, num_scored) for name in sorted(set(names))]
+    counts = [0] * len(members)
+    while sum(counts) < min(MAX_SOURCES, num_scored):
+        for k, own in enumerate(members):
+            if counts[k] < len(own) and sum(counts) < MAX_SOURCES:
+                counts[k] += 1
+    picked = [np.linspace(0, len(own) - 1, count).round() for own, count in zip(members, counts, strict=True)]
+    return sorted(own[int(i)] for own, places in zip(members, picked, strict=True) for i in places)
+
+
+def texture_of(image: int, names: Sequence[str], num_scored: int) -> int:
+    """Which image's texture to paste on a scored one: of its category and, if there is one, its fold, so that what
+    judges it knows neither."""
+    members = scored_of(names[image], names, num_scored)
+    place = members.index(image)
+    same = [other for k, other in enumerate(members) if k % NUM_FOLDS == place % NUM_FOLDS and other > image]
+    first = members[place % NUM_FOLDS]
+    return same[0] if same else first if first != image else members[(place + 1) % len(members)]
+
+
+def scored_of(name: str, names: Sequence[str], num_scored: int) -> list[int]:
+    """Places of a category's images among the last `num_scored`."""
+    return [i for i in range(len(names) - num_scored, len(names)) if names[i] == name]
 
 
 def with_defects(x_0: torch.Tensor, texture: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ RAN is "Removing Anomalies as Noises for Industrial Defect Localization" (Lu et 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from .pipeline_loading import RADLoaderMixin
 from .pipeline_output import RADDenoisingOutput, RADPipelineOutput, pictures_as
 from .pipeline_restoration import RADRestorationMixin
 from .scheduler_rad import RADScheduler, antithetic_noise
-
-if TYPE_CHECKING:
-    pass  # not a plain import line: diffusers demands what those in a repository's code name
 
 
 class RADPipeline(RADLoaderMixin, RADFittingMixin, RADRestorationMixin):

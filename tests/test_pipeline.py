@@ -15,7 +15,7 @@ from scipy.ndimage import label
 from rad import RADPipeline, RADScheduler, RADUNet2DModel
 from rad.image_processor import resize_map, to_pil
 from rad.models.evidence import SCORE_TYPES
-from rad.pipeline_fitting import defect_sources, with_defects
+from rad.pipeline_fitting import defect_sources, texture_of, with_defects
 from rad.pipeline_output import find_regions
 from rad.scheduler_rad import antithetic_noise
 
@@ -417,10 +417,23 @@ def test_defects_for_the_choice_leave_the_rest_of_the_picture_as_it_is():
     assert ((twins - x_0).abs().amax(1) > 0).flatten(1).any(1).all()
 
 
-def test_defects_are_put_on_scored_images_evenly():
-    assert defect_sources(10, 4) == [6, 7, 8, 9]
-    many = defect_sources(1000, 500)
+def test_defects_are_put_on_scored_images_of_each_category_evenly():
+    assert defect_sources(["a"] * 10, 4) == [6, 7, 8, 9]
+    many = defect_sources(["a"] * 1000, 500)
     assert len(many) == len(set(many)) == 48 and many[0] == 500 and many[-1] == 999
+    few_of_one = defect_sources(["a"] * 1000 + ["b"] * 5, 1005)
+    assert len(few_of_one) == 48 and sum(i >= 1000 for i in few_of_one) == 5
+    assert len(defect_sources([str(i // 2) for i in range(200)], 200)) == 48
+
+
+def test_texture_comes_from_the_same_category_and_fold():
+    names = ["a", "b"] * 12
+    for image in range(4, 24):
+        other = texture_of(image, names, 20)
+        assert other != image and other >= 4 and names[other] == names[image]
+        places = [[i for i in range(4, 24) if names[i] == names[image]].index(i) for i in (image, other)]
+        assert places[0] % 5 == places[1] % 5
+    assert texture_of(0, ["a", "a"], 2) == 1  # there is none of its fold
 
 
 def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):

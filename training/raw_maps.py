@@ -22,8 +22,6 @@ from rad.image_reader import ImageInput
 from rad.models.evidence import Evidence, paper_scores, to_grid
 from rad.models.normality import NormalityModel
 
-KEPT = ("gaussian_size", "gaussian_channels", "gaussian_block", "weights", "image_weights")  # settings of a refit
-
 
 def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: int) -> tuple[list[int], ...]:
     """Indices of the good images: those trained on, and two halves of those held out.
@@ -115,7 +113,8 @@ def refit(
     holdout: list[int],
     batch_size: int,
 ) -> NormalityModel:
-    """The normality of the same settings whose statistics come from these images held out, kept in the folder."""
+    """The normality of the same settings whose statistics come from these images held out, kept in the folder; its
+    weights are chosen on these, too."""
     path = folder / "normality"
     if path.exists():
         return NormalityModel.from_pretrained(path).to(pipeline.device)
@@ -131,7 +130,7 @@ def refit(
         holdout_categories=[dataset.samples[i].category for i in holdout],
         batch_size=batch_size,
         accelerator=accelerator,
-        **{name: config[name] for name in KEPT},
+        **{name: config[name] for name in ("gaussian_size", "gaussian_channels", "gaussian_block")},
     )
     if accelerator.is_main_process:
         with whole(path) as partial:

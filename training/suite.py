@@ -10,8 +10,11 @@ once in the averages, whatever its size; one of several categories is the mean o
 The sets are folders below --data_root: MTD, mvtec_ad (bottle and grid), piped (eight papers), and synthetic, which is
 made if it is not there. Magnetic tiles, papers and synthetic have embedded models; for the others give --trained
 bottle=FOLDER, or --train for `train.py` with its defaults, which takes an hour each on two cores. A set without is
-told by a dash. What is fitted and measured stays in the output folder, and the same command goes on where it stopped;
-after the code or a model has changed, --refit measures RAD anew beside its peers.
+told by a dash. On the synthetic set RAD has an advantage: its weights are chosen on defects drawn as that set's are,
+and what is fitted to it was trained on it.
+
+What is fitted and measured stays in the output folder, and the same command goes on where it stopped; after the code
+or a model has changed, --refit measures RAD anew beside its peers.
 """
 
 import argparse
@@ -82,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--train", action="store_true", help="Train those that are missing, by train.py's defaults.")
     parser.add_argument("--fit_model", default="synthetic", help="Whose networks serve where nothing is trained.")
-    parser.add_argument("--refit", action="store_true", help="Fit and measure RAD anew, but not its peers.")
+    parser.add_argument(
+        "--refit", action="store_true", help="Fit and measure RAD anew; peers and what --train trained stay."
+    )
     parser.add_argument(
         "--max_test_samples", type=int, help="For a quick look: this many test images of each category, evenly picked."
     )
@@ -192,16 +197,16 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float | None
     if args.page:  # before hours of work
         insert(Path(args.page).read_text(encoding="utf-8"), "suite", "")
     missing = [name for name in args.sets if not (Path(args.data_root) / SETS[name].folder).is_dir()]
-    if missing == ["synthetic"]:
-        write_synthetic(Path(args.data_root) / SETS["synthetic"].folder, num_train=150)
-    elif missing:
-        folders = ", ".join(SETS[name].folder for name in missing)
+    if folders := ", ".join(SETS[name].folder for name in missing if name != "synthetic"):
         raise FileNotFoundError(f"There is no {folders} in {args.data_root}: put it there, or leave it out of --sets.")
+    if missing:
+        write_synthetic(Path(args.data_root) / SETS["synthetic"].folder, num_train=150)
 
     results: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in args.sets:
         # 1. Models: one trained for the set, and one that is fitted to it only
-        fitted_dir = folder / name / "model-fitted"
+        told = f"{Path(args.fit_model).name}-{args.max_train_samples or 'all'}"  # what else the fit depends on
+        fitted_dir = folder / name / f"model-fitted-{told}"
         if args.refit:
             (fitted_dir / "model_index.json").unlink(missing_ok=True)
         fit_flags = ("--fit_only", "--pretrained_model_name_or_path", args.fit_model, "--overwrite_output_dir")

@@ -42,21 +42,22 @@ class FittingMixin:
         twins: Twins | None = None,
         chosen: Sequence[str] = ("weights", "image_weights"),
     ) -> Any:
-        """Fits on good images, in place; every score that enters a threshold is held out.
+        """Fits on good images, in place; every score that enters a threshold is held out of Gaussians and units.
 
         All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
         folds: the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from
         the network's training as well, their scores are those of fresh images.
 
-        Twins, scored images with a defect, are judged as their good ones are, by what never saw these; by them the
-        weights are chosen, and they enter nothing else.
+        Twins, scored images with a defect, are judged as their good ones are, by Gaussians and units of the other
+        folds. By both the weights are chosen, a few numbers for all images; twins enter nothing else.
 
         Everything is made of sums over images, so that several processes can fit together: each holds the features and
         maps of its own share alone, and all end with the same model.
 
         Args:
             features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
-                may have been averaged down to their Gaussian's grid, if `gaussian_size` is given.
+                may have been averaged down to their Gaussian's grid, if `gaussian_size` is given. Of all four, rows of
+                twins follow.
             residuals: What their prediction leaves, likewise.
             summaries: The extractor's, of the same images, [n, D].
             labels: Class label of each image of all shares, [N].
@@ -64,8 +65,8 @@ class FittingMixin:
             categories: Their names; each needs at least two scored images.
             share: Which of all images these are.
             reduce: Sums a tensor over processes, with the sum as its result on each.
-            twins: Of scored images in this share; without any the weights stay as they are, and how much is found is
-                not known.
+            twins: Of scored images in this share; without them, on any process, the weights stay as they are, and how
+                much is found is not known.
             chosen: Which weights are chosen.
 
         Returns:
@@ -75,7 +76,8 @@ class FittingMixin:
             ValueError: A category has fewer scored images, or statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
-        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps))))
+        num_twins = 0 if twins is None else len(twins.sources)
+        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps) - num_twins)))
         check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
         place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
         fold_of, counts = torch.full_like(label_of, -1), []
@@ -84,21 +86,17 @@ class FittingMixin:
             counts.append(int(scored.sum()))
             fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
         self._resize(features, summaries, raw_maps, categories, num_scored)
+        self.register_to_config(found=None)  # not that of an earlier fit
 
         # 2. The Gaussian of whole images
         summaries = pick(summaries, self.config.num_summaries)
         everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
-        everyone[share] = summaries.double()
+        everyone[share] = summaries[: len(summaries) - num_twins].double()
         everyone, of_all = reduce(everyone), (label_of, fold_of)
         label_of, place, fold_of = label_of[share], place[share], fold_of[share]
-        is_good = torch.ones(len(label_of), dtype=torch.bool)
-        if twins is not None:  # from here on rows of their own, in the fold of the image that each was
-            summaries = torch.cat([summaries, pick(twins.summaries, self.config.num_summaries)])
-            features, residuals = torch.cat([features, twins.features]), torch.cat([residuals, twins.residuals])
-            raw_maps = torch.cat([raw_maps, twins.raw_maps])
-            label_of, fold_of = (torch.cat([of, of[twins.sources]]) for of in (label_of, fold_of))
-            place = torch.cat([place, torch.zeros(len(twins.sources), dtype=torch.long)])
-            is_good = torch.cat([is_good, torch.zeros(len(twins.sources), dtype=torch.bool)])
+        is_good = torch.arange(len(features)) < len(label_of)
+        if twins is not None:  # in the fold of the image that each was
+            label_of, fold_of, place = (torch.cat([of, of[twins.sources]]) for of in (label_of, fold_of, place))
         gaussian, distance = fit_held_out_summaries(everyone, *of_all, summaries.double(), label_of, fold_of)
         for buffer, value in zip(("global_mean", "global_std"), gaussian, strict=False):
             self.get_buffer(buffer).copy_(value)
@@ -138,47 +136,48 @@ class FittingMixin:
             outlying[own] = ((distance[mine][held] - mean) / std.clamp_min(1e-3)).float()
 
         # 4. What to judge by
-        row_label, row_good = label_of[scored], is_good[scored]
-        of_twins = (~row_good).nonzero().flatten()
+        row_label, row_good, row_fold = label_of[scored], is_good[scored], fold_of[scored]
         if twins is not None:
-            sources = rows[torch.tensor(twins.sources, dtype=torch.long)]
+            broken = reduce((~torch.stack([z.isfinite().all(), outlying.isfinite().all()])).long())
+            if broken.any():
+                raise ValueError("These good images give no finite statistics (maps): give other ones.")
             before, after = (
-                Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of]) for of in (sources, of_twins)
+                Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of])
+                for of in (rows[torch.tensor(twins.sources, dtype=torch.long)], (~row_good).nonzero().flatten())
             )
-            priors = {name: self.config[name] for name in chosen}
+            priors = {name: self._asked[name] for name in chosen}
             self.register_to_config(**choose_weights(before, after, twins, priors, self._top_mean, reduce))
 
         # 5. Unit deviation of the fused map and of image scores
         names = self.score_types
         maps = z.new_zeros(len(names), num_scored, size, size)
         scores = z.new_zeros(len(names) + 1, num_scored)
+        fused_scores = z.new_zeros(len(z))
         for label, count in enumerate(counts):
-            mine = ((row_label == label) & row_good).nonzero().flatten()
-            places, fold = place[scored][mine], fold_of[scored][mine]
+            mine = (row_label == label).nonzero().flatten()
+            good = row_good[mine]
             self.map_scale[label, 0] = 1.0
-            fused = self._combine(z[mine], self.map_scale[[label]])[FUSED].flatten()
+            fused = self._combine(z[mine[good]], self.map_scale[[label]])[FUSED].flatten()
             self.map_scale[label, 0] = Moments.of(fused, reduce).mean_and_std()[1]
             combined = self._combine(z[mine], self.map_scale[[label]])
-            maps[:, places] = torch.stack([combined[name] for name in names])
             whole = distance[scored][mine].float()
             values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
-            *units, standardised = fit_held_out_scores(
-                torch.stack(values, dim=1), fold, range(min(NUM_FOLDS, count)), reduce
-            )
+            folds = range(min(NUM_FOLDS, count))
+            *units, held = fit_held_out_scores(torch.stack(values, dim=1), row_fold[mine], good, folds, reduce)
             self.score_location[label], self.score_scale[label] = units
-            scores[:, places] = standardised.T
+            places = place[scored][mine[good]]
+            maps[:, places] = torch.stack([combined[name][good] for name in names])
+            scores[:, places] = held[good].T
+            fused_scores[mine] = held[:, 0]
 
         # 6. Scores and pixels of held-out good images, pooled over the categories whose units they share
         self.good_scores.copy_(reduce(scores).sort().values)
         rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
-        if twins is not None:  # a twin is as odd as its fused score, which no threshold knows
-            own = row_label[of_twins]
-            score = self._image_score(self._combine(z[of_twins], self.map_scale[own]), FUSED, outlying[of_twins])
-            score = (score - self.score_location[own, 0]) / self.score_scale[own, 0]
-            found = count_found(p_values(score, self.good_scores[0].double()), twins, reduce)
-            self.register_to_config(found=found)
+        if twins is not None:
+            p_value = p_values(fused_scores[~row_good], self.good_scores[0].double())
+            self.register_to_config(found=count_found(p_value, twins, reduce))
         if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
             raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")
         return self

@@ -28,20 +28,15 @@ COVERED = 0.25  # share of a position that is defective: from here on the positi
 
 @dataclass(frozen=True)
 class Twins:
-    """What is known of M good images with defects: those of one process.
+    """Good images with defects, M in this process: what they are twins of.
 
     Attributes:
-        features, residuals, summaries, raw_maps: As `NormalityModel.fit` takes them of good images, [M, ...].
         masks: Shares of the maps' positions that are defective, [M, h, w] in [0, 1].
-        sources: Of each, its good image's place in this process's share.
+        sources: Of each, the place in this process's share of the scored good image that it was.
         numbers: Of each, among all processes' twins: each good image has one of each of `KINDS` in a row.
         total: Of all processes' twins.
     """
 
-    features: torch.Tensor
-    residuals: torch.Tensor
-    summaries: torch.Tensor
-    raw_maps: torch.Tensor
     masks: torch.Tensor
     sources: list[int]
     numbers: list[int]
@@ -82,9 +77,10 @@ def choose_weights(
 
     Weights of the map are those that find the largest share of each defect, on average over false-positive rates that
     are evenly spread in their logarithm: precise maps and whole defects count alike, and so do large and small ones.
-    Weights of the image score are those of the highest image AUROC and, once all are told apart, of the largest
-    distance; means over drawn and pasted defects. A prior counts the more the fewer twins there are, and a score that
-    gains nothing is left out.
+    Weights of the image score are those of the highest image AUROC plus half the distance from good images, up to
+    three of their deviations, which goes on counting once all are told apart. Kinds of defects count by `KINDS`. A
+    prior counts the more the fewer good images there are, and a score that gains nothing is left out. The map's
+    context, which no default has, is left out of account.
 
     Args:
         good: The images that got defects, one for each twin of this process.
@@ -97,6 +93,8 @@ def choose_weights(
     Returns:
         Weights in the place of the priors; the priors where there are fewer than `MIN_TWINS` twins.
     """
+    if not priors:
+        return {}
     # 1. All processes choose alike
     masks = _gather(twins.masks, twins.numbers, twins.total, reduce)
     bad = bad.gather(twins.numbers, twins.total, reduce)

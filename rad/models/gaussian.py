@@ -178,13 +178,13 @@ def fit_held_out_deviation(
 
 
 def fit_held_out_scores(
-    x: torch.Tensor, fold: torch.Tensor, folds: range, reduce: Reduce
+    x: torch.Tensor, fold: torch.Tensor, good: torch.Tensor, folds: range, reduce: Reduce
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean and deviation of scores [N, M], each [M], and the scores in units of those without their fold, [N, M]."""
-    moments, z = Moments.of(x, reduce), torch.empty_like(x, dtype=torch.float32)
+    moments, z = Moments.of(x[good], reduce), torch.empty_like(x, dtype=torch.float32)
     mean, std = moments.mean_and_std()
     for k in folds:
-        rest = moments.less(Moments.of(x[fold == k], reduce))
+        rest = moments.less(Moments.of(x[good & (fold == k)], reduce))
         location, scale = rest.mean_and_std(prior=std)
         z[fold == k] = ((x[fold == k] - location) / scale.clamp_min(1e-3)).float()
     return mean, std.clamp_min(1e-3), z

@@ -63,7 +63,7 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         num_scores: Held-out good images in all.
         pixel_range, darkest_peak: Of good images, as `RADImageProcessor` takes them.
         found: Of each kind of defects put on good images in the fit, how many there were ("of") and how many are found
-            at false-alarm rates ("0.01"); empty where there were none.
+            at false-alarm rates ("0.01"); None where there were none.
         discriminator: Whether there are maps of a discriminator; without one, its weights do not count.
     """
 
@@ -95,7 +95,8 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         _check_weights("image_weights", image_weights, WEIGHTED)
         # What was asked for; None is chosen anew by each fit
         sizes = gaussian_size, gaussian_channels, gaussian_block
-        self._asked = dict(zip(("gaussian_size", "gaussian_channels", "gaussian_block"), sizes, strict=True))
+        self._asked: dict[str, Any] = {"weights": weights, "image_weights": image_weights}
+        self._asked |= dict(zip(("gaussian_size", "gaussian_channels", "gaussian_block"), sizes, strict=True))
         self._register_buffers()
 
     def _register_buffers(self) -> None:

@@ -12,7 +12,6 @@ from rad.models.fusion import COST, KINDS, STEPS, Look, Twins, choose_weights, c
 from rad.models.normality import IMAGE_WEIGHTS, MAP_WEIGHTS
 
 SIDE, NUM_GOOD = 16, 24
-NOTHING = torch.empty(0)
 
 
 def top_mean(maps):
@@ -37,7 +36,7 @@ def evidence(telling, num_good=NUM_GOOD, outlying=0.0, seed=0):
     for name, rise in telling.items():
         bad.maps[name].add_(rise * masks)
     sources = [i // 2 for i in range(number)]
-    twins = Twins(NOTHING, NOTHING, NOTHING, NOTHING, masks, sources, list(range(number)), number)
+    twins = Twins(masks, sources, list(range(number)), number)
     return good.pick(torch.tensor(sources)), bad, twins
 
 
@@ -78,7 +77,7 @@ def test_of_few_twins_the_prior_stays():
     good, bad, twins = evidence({"pixel": 4.0}, num_good=3)
     chosen = choose((good, bad, twins))
     assert chosen == {"weights": MAP_WEIGHTS, "image_weights": IMAGE_WEIGHTS}
-    unseen = Twins(*[NOTHING] * 4, torch.zeros_like(twins.masks), twins.sources, twins.numbers, twins.total)
+    unseen = Twins(torch.zeros_like(twins.masks), twins.sources, twins.numbers, twins.total)
     assert choose((good, bad, unseen)) == chosen
 
 
@@ -120,19 +119,18 @@ def test_climbing_ends_where_no_step_is_better():
     assert climb(lambda weights: 0.5 * COST * (weights["b"] > 0), names, start, pull=0.0)[1] == 0  # not worth its cost
 
 
-def twins_of(features, residuals, raw_maps, sources, changed=0.0):
-    """Twins that differ from their sources by `changed` in every feature and raw map."""
-    masks = torch.zeros(len(sources), *raw_maps.shape[-2:])
-    masks[:, 2:5, 2:5] = 1
-    odd = features[sources] + changed
-    looks = odd, residuals[sources], summarise(odd), raw_maps[sources] + changed
-    return Twins(*looks, masks, sources, list(range(len(sources))), len(sources))
-
-
-def refit(draws, twins, **kwargs):
+def refit(draws, sources=None, changed=0.0, **kwargs):
+    """On draws and on twins of some of them, which differ from them by `changed` in every feature and raw map."""
     model = NormalityModel(gaussian_channels=4, timesteps=(20, 201), top_k=8, discriminator=True)
     features, residuals, raw_maps = draws
-    labels = [0] * len(features)
+    labels, twins = [0] * len(features), None
+    if sources is not None:
+        masks = torch.zeros(len(sources), *raw_maps.shape[-2:])
+        masks[:, 2:5, 2:5] = 1
+        twins = Twins(masks, sources, list(range(len(sources))), len(sources))
+        features = torch.cat([features, features[sources] + changed])
+        residuals = torch.cat([residuals, residuals[sources]])
+        raw_maps = torch.cat([raw_maps, raw_maps[sources] + changed])
     return model.fit(features, residuals, summarise(features), labels, raw_maps, ["tile"], twins=twins, **kwargs)
 
 
@@ -143,8 +141,8 @@ def draws():
 
 def test_twins_enter_no_statistic(draws):
     sources = [i // 2 for i in range(40)]
-    with_twins = refit(draws, twins_of(*draws, sources, changed=5.0), chosen=())
-    without = refit(draws, None)
+    with_twins = refit(draws, sources, 5.0, chosen=())
+    without = refit(draws)
     assert dict(with_twins.config.weights) == dict(without.config.weights) == MAP_WEIGHTS
     for (name, buffer), other in zip(with_twins.named_buffers(), without.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, rtol=1e-5, atol=1e-5, msg=name)
@@ -153,18 +151,17 @@ def test_twins_enter_no_statistic(draws):
 def test_a_twin_is_judged_as_the_good_image_that_it_was(draws):
     """Exact copies score what these score held out: as many of them are found as there are false alarms."""
     sources = [i for i in range(40) for _ in KINDS]
-    model = refit(draws, twins_of(*draws, sources), chosen=())
+    model = refit(draws, sources, chosen=())
     for counts in model.config.found.values():
         assert counts["of"] == 40
         for rate in (0.05, 0.1):
-            assert abs(counts[f"{rate:g}"] / 40 - rate) <= 0.05
-    plain = refit(draws, twins_of(*draws, sources, changed=20.0), chosen=())
+            assert counts[f"{rate:g}"] == (model.p_value(model.good_scores[0]) <= rate).sum()
+    plain = refit(draws, sources, 20.0, chosen=())
     assert all(counts["0.05"] == 40 for counts in plain.config.found.values())
 
 
 def test_a_fit_chooses_what_it_is_asked_for_alone(draws):
-    twins = twins_of(*draws, [i // 2 for i in range(40)], changed=2.0)
-    model = refit(draws, twins, chosen=("image_weights",))
+    model = refit(draws, [i // 2 for i in range(40)], 2.0, chosen=("image_weights",))
     assert dict(model.config.weights) == MAP_WEIGHTS
     assert dict(model.config.image_weights) != IMAGE_WEIGHTS
 
@@ -188,3 +185,20 @@ def test_what_a_model_judges_by_is_told():
         "Of defects put on its own good images it finds 21 of 30 drawn ones at a false-alarm rate of 5%.",
     ]
     assert len(judged_by(config | {"found": None})) == 2
+
+
+def test_evidence_that_is_not_finite_is_told_of_in_the_same_words(draws):
+    broken = tuple(part.clone() for part in draws)
+    broken[2][3, 0] = float("nan")
+    for sources in (None, [0, 0, 1, 1]):
+        with pytest.raises(ValueError, match="These good images give no finite statistics"):
+            refit(broken, sources)
+
+
+def test_a_second_fit_starts_where_the_first_did(draws):
+    sources = [i // 2 for i in range(40)]
+    model = refit(draws, sources, 2.0)
+    features, residuals, raw_maps = draws
+    chosen = dict(model.config.weights)
+    model.fit(features, residuals, summarise(features), [0] * 40, raw_maps, ["tile"])
+    assert model.config.found is None and dict(model.config.weights) == chosen
