@@ -123,7 +123,7 @@ def inspect_batch(
 
 @one_sentence
 def fit_product(archive: str, name: str, model: str, request: gr.Request) -> tuple[dict[str, Any], str]:
-    """Fits a model to pictures of good parts, ten at least, in seconds; it is deleted when your session ends.
+    """Fits a model to pictures of good parts, ten at least, in a minute or so; it is deleted when your session ends.
 
     Args:
         archive: A zip of pictures of good parts, all taken the same way.

@@ -1,4 +1,4 @@
-"""The tab Your product: a model of a visitor's own good parts, fitted in seconds and theirs alone."""
+"""The tab Your product: a model of a visitor's own good parts, fitted in a minute or so and theirs alone."""
 
 import copy
 import html

@@ -707,7 +707,11 @@ def buffers_of_fits(rank: int = 0, accelerator: Accelerator | None = None) -> di
         "all or none": fit_share(slice(0) if rank else slice(None)),
         "pipeline": pipeline.normality,
     }
-    return {name: dict(model.named_buffers()) for name, model in models.items()}
+    config = pipeline.normality.config  # each process chooses weights, all the same
+    found = [count for counts in config.found.values() for count in counts.values()]
+    chosen = torch.tensor([*config.weights.values(), *config.image_weights.values(), *found], dtype=torch.float32)
+    buffers = {name: dict(model.named_buffers()) for name, model in models.items()}
+    return buffers | {"chosen": {"weights": chosen}}
 
 
 def run_process(rank: int, folder: Path) -> None:
