@@ -1,5 +1,5 @@
-"""Drawn defects, which measure, and by which fits choose their weights: scratches, cracks, stains and others with exact
-masks, put on good photographs.
+"""Drawn defects, which measure, and by which fits choose their weights: scratches, cracks, stains and others with
+exact masks, put on good photographs.
 
 They are the defects of the synthetic set, and stand in for real ones where there are good images only. No network is
 trained on them: a discriminator learns from the defects of `rad.data.pasting`, which are made in another way, so that
