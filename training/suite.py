@@ -193,12 +193,12 @@ def draw(results: Mapping[str, Mapping[str, dict]]) -> Figure:
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float | None]]]:
     folder, trained = Path(args.output_dir), dict(args.trained)
-    folder.mkdir(parents=True, exist_ok=True)
     if args.page:  # before hours of work
         insert(Path(args.page).read_text(encoding="utf-8"), "suite", "")
     missing = [name for name in args.sets if not (Path(args.data_root) / SETS[name].folder).is_dir()]
     if folders := ", ".join(SETS[name].folder for name in missing if name != "synthetic"):
         raise FileNotFoundError(f"There is no {folders} in {args.data_root}: put it there, or leave it out of --sets.")
+    folder.mkdir(parents=True, exist_ok=True)
     if missing:
         write_synthetic(Path(args.data_root) / SETS["synthetic"].folder, num_train=150)
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import compare
 import pytest
+import suite
 import train
 from PIL import Image
 
-import suite
 from rad.data.synthetic import write_synthetic
 
 
@@ -74,7 +74,12 @@ def test_the_suite_measures_each_set_and_goes_on_where_it_was(root, at_once, tmp
 
 def test_what_is_missing_is_named_before_anything_is_computed(root):
     with pytest.raises(FileNotFoundError, match="There is no piped in .*: put it there, or leave it out of --sets."):
-        suite.main(suite.parse_args(["--data_root", str(root), "--sets", "synthetic", "papers"]))
+        suite.main(
+            suite.parse_args(
+                ["--data_root", str(root), "--output_dir", str(root / "none"), "--sets", "synthetic", "papers"]
+            )
+        )
+    assert not (root / "none").exists()
 
 
 def test_a_training_that_fails_is_told_of(root, at_once, tmp_path):
