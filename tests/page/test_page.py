@@ -409,10 +409,10 @@ def test_a_bad_file_is_one_row_with_its_error(scored):
 
 @pytest.mark.parametrize("rate", [0.2, 0.03])
 def test_verdicts_and_areas_are_those_of_the_rate(part, page_model, two_category_pipeline, rate):
-    *_, done = batch.score_all([part], page_model, models.AUTO, "visitor", [rate, 1e-9])
+    *_, done = batch.score_all([part], page_model, models.AUTO, "visitor", [rate, 1e-13])
     row, found = done.rows[0], two_category_pipeline(part, false_alarm_rate=rate)
     assert row.share(rate) == found.mask[0].mean() > 0
-    assert row.verdict(1e-9) == "good" and row.share(1e-9) == 0
+    assert row.verdict(1e-13) == "good" and row.share(1e-13) == 0
 
 
 def test_no_odds_that_good_pictures_cannot_tell(scored):
