@@ -22,6 +22,8 @@ from rad.image_reader import ImageInput
 from rad.models.evidence import Evidence, paper_scores, to_grid
 from rad.models.normality import NormalityModel
 
+KEPT = ("gaussian_size", "gaussian_channels", "gaussian_block", "weights", "image_weights")  # settings of a refit
+
 
 def split_good(args: argparse.Namespace, dataset: AnomalyDataset, num_scores: int) -> tuple[list[int], ...]:
     """Indices of the good images: those trained on, and two halves of those held out.
@@ -113,8 +115,10 @@ def refit(
     holdout: list[int],
     batch_size: int,
 ) -> NormalityModel:
-    """The normality of the same settings whose statistics come from these images held out, kept in the folder; its
-    weights are chosen on these, too."""
+    """The normality of the same settings whose statistics come from these images held out, kept in the folder.
+
+    Its weights stay the model's, which are what is compared; they may have been chosen on images that get defects.
+    """
     path = folder / "normality"
     if path.exists():
         return NormalityModel.from_pretrained(path).to(pipeline.device)
@@ -130,7 +134,7 @@ def refit(
         holdout_categories=[dataset.samples[i].category for i in holdout],
         batch_size=batch_size,
         accelerator=accelerator,
-        **{name: config[name] for name in ("gaussian_size", "gaussian_channels", "gaussian_block")},
+        **{name: config[name] for name in KEPT},
     )
     if accelerator.is_main_process:
         with whole(path) as partial:
