@@ -159,7 +159,8 @@ def test_on_pasted_defects_scores_are_those_of_a_pipeline_that_saw_the_other_hal
     assert len(statistics) == len(others) == 4 and len({*train, *statistics, *others}) == len(dataset)
     fitted, scored = ([dataset.samples[i].image for i in part] for part in (train, statistics))
     names, scored_names = ([dataset.samples[i].category for i in part] for part in (train, statistics))
-    pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16)
+    kept = {name: pipeline.normality.config[name] for name in ("weights", "image_weights")}
+    pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16, **kept)
     images = DrawnDefects(AnomalyDataset([dataset.samples[i] for i in others]), 4)
     output = score_all(pipeline, images)
     for name in output.scores:
