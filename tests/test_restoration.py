@@ -83,6 +83,8 @@ def test_a_restoration_that_fails_says_so(blind, good_images, monkeypatch):
 
 def test_the_gradient_finishes_what_the_network_does_not_remove(blind, good_images, monkeypatch):
     monkeypatch.setitem(pipeline_restoration.RESTORATION_STEPS, "gradient", 12)
+    by_distance = {"weights": {"mahalanobis": 1.0}, "image_weights": {"mahalanobis": 1.0}}
+    blind.fit_normality(good_images, gaussian_channels=16, **by_distance)  # what the gradient lowers decides
     restored = blind.restore(with_spot(good_images[0]), false_alarm_rate=0.05)
     (p_value,) = blind(with_spot(good_images[0])).p_value
     assert restored.p_value[0] > p_value and len(restored.distances[0]) in (13, 25)  # one round of it, or both
