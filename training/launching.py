@@ -69,9 +69,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
     share_cores()
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
-    if on_cpu and args.mixed_precision == "auto" and computes_bf16(torch.device("cpu")):
+    emulates = not computes_bf16(torch.device("cpu"))
+    if on_cpu and args.mixed_precision == "auto" and not emulates:
         mixed_precision = "bf16"
-    if on_cpu and mixed_precision == "bf16" and not computes_bf16(torch.device("cpu")):
+    if on_cpu and mixed_precision == "bf16" and emulates:
         logger.warning("This processor only emulates bfloat16, which is many times slower: --mixed_precision auto.")
     trackers = [name for name in TRACKERS if args.report_to in (name, "all") and TRACKERS[name]()]
     if args.report_to != "none" and not trackers:

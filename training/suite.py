@@ -37,7 +37,6 @@ from rad.files import whole
 
 PEERS = ("padim", "patchcore")
 TITLES = {"trained": "RAD", "fitted": "RAD fitted", "peers": ""}  # kinds of models, and what tables call RAD's
-HEADINGS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "aupro": "AUPRO"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,11 @@ def to_markdown(results: Mapping[str, Mapping[str, dict]]) -> str:
         return " / ".join("-" if values.get(m) is None else f"{values[m]:.3f}" for m in metrics)
 
     means = averages(results)
-    heading = ["method", *(SETS[name].title for name in results), "mean: " + " / ".join(HEADINGS.values())]
+    heading = [
+        "method",
+        *(SETS[name].title for name in results),
+        "mean: " + " / ".join(compare.COLUMNS[m][0] for m in METRICS),
+    ]
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for row, mean in means.items():
         cells = [cell(found.get(row, {}), ("image_auroc", "aupro")) for found in results.values()]
@@ -185,7 +188,7 @@ def draw(results: Mapping[str, Mapping[str, dict]]) -> Figure:
             if means[row][metric] is not None:
                 axis.plot(len(results) + shift, means[row][metric], "_", color=f"C{place}", markersize=14, mew=3)
         axis.set_xticks(range(len(results) + 1), [*(SETS[name].title for name in results), "mean"], rotation=30)
-        axis.set_ylabel(HEADINGS[metric])
+        axis.set_ylabel(compare.COLUMNS[metric][0])
         axis.grid(axis="y", alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows), frameon=False)
     return figure
