@@ -92,7 +92,7 @@ class RADFittingMixin:
         config |= {"timesteps": timesteps, "num_noise_samples": draws, "seed": seed}
         config["discriminator"] = self.discriminator is not None
         stride = self.feature_extractor.config.feature_stride
-        size = config.setdefault("gaussian_size", self.config.resolution // stride // 2)
+        size = config.setdefault("gaussian_size", self.config.resolution // stride)
         map_size = self.config.resolution // 4  # RAN's 64 x 64
 
         # 1. Every world-th image is this process's; the statistics, float64, are made on the CPU

@@ -114,17 +114,17 @@ class FittingMixin:
                 kind: torch.cat([self.project(values[chunk], kind) for chunk in mine.split(64)])
                 for kind, values in (("feature", features), ("residual", residuals))
             }
-            gaussians, distances, pooled = fit_held_out_gaussians(x, fold, good, folds, block, reduce)
+            gaussians, distances = fit_held_out_gaussians(x, fold, good, folds, block, reduce)
             for kind, (mean, whitening) in gaussians.items():
                 self.get_buffer(f"{kind}_mean")[label] = mean
                 self.get_buffer(f"{kind}_whitening")[label] = pack_triangle(whitening)
             mean, std = Moments.of(x["feature"][good].mean((2, 3)), reduce).mean_and_std()
             self.category_mean[label], self.category_std[label] = mean, std.clamp_min(1e-3)
-            # Logits mean the same everywhere, and so do distances under a covariance of each position's own
+            # Logits mean the same everywhere, and so do distances under a covariance of a position or its neighbours
             own = rows[mine][held]
             grids = [to_grid(distances[kind][held], size) for kind in ("residual", "feature")]
             raw = torch.cat([raw_maps[own].float(), *grids], dim=1)
-            alike = {"discriminator"} if pooled or block > 1 else {"discriminator", "residual", "mahalanobis"}
+            alike = {"discriminator"} if block > 2 else {"discriminator", "residual", "mahalanobis"}
             positioned = [name not in alike for name, span in self.channels.items() for _ in range(raw.shape[1])[span]]
             *deviation, z[own] = fit_held_out_deviation(raw, fold[held], good[held], folds, positioned, reduce)
             self.location[label], self.scale[label] = deviation
@@ -203,14 +203,16 @@ class FittingMixin:
             raise ValueError(f"The raw maps must be {num_maps} of each image, got {raw_maps.shape[1]}.")
         if not any(config.weights.get(name) for name in self.score_types):
             raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
-        size = asked["gaussian_size"] or features.shape[-1] // 2
+        size = asked["gaussian_size"] or features.shape[-1]
+        block = size // 2 if several else 2
+        fits = size % block == size // 2 % block == 0
         self.register_to_config(
             categories=list(categories),
             feature_channels=features.shape[1],
             num_summaries=min(summaries.shape[1], MAX_SUMMARIES),
             gaussian_size=size,
             gaussian_channels=asked["gaussian_channels"] or min(192 if several else 140, features.shape[1]),
-            gaussian_block=asked["gaussian_block"] or (size // 2 if several and size % 2 == 0 else 1),
+            gaussian_block=asked["gaussian_block"] or (block if fits else 1),
             map_size=raw_maps.shape[-1],
             num_scores=num_scored,
         )

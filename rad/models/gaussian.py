@@ -55,15 +55,13 @@ class Moments:
         return mean, variance.sqrt()
 
 
-def fit_gaussian(moments: Moments, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means [P, g, g] and whitening matrices [blocks, P, P], one if pooled, of features with these moments.
+def fit_gaussian(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [P, g, g] and whitening matrices [blocks, P, P] of features with these moments.
 
     RAN adds 0.01 I to each covariance. Each is also drawn towards the mean of all, which counts as much as
     `PRIOR_IMAGES` images.
     """
     count, mean, second = moments.count, moments.first / moments.count, moments.second
-    if pooled:
-        mean, second = mean.mean((1, 2), keepdim=True).expand_as(mean), second.sum(0, keepdim=True)
     means = split_blocks(mean[None], int(round(len(second) ** 0.5)))
     covariance = (second / count - means @ means.mT) / means.shape[-1]
     covariance = covariance.lerp(covariance.mean(0), PRIOR_IMAGES / (count + PRIOR_IMAGES))
@@ -124,26 +122,17 @@ def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SC
 
 def fit_held_out_gaussians(
     x: dict[str, torch.Tensor], fold: torch.Tensor, good: torch.Tensor, folds: range, block: int, reduce: Reduce
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor], bool]:
-    """Gaussians of features [N, P, g, g] by kind, as from `fit_gaussian`; held-out distances [N, g, g] by kind; and
-    whether one covariance serves all positions: the likelier sort is taken, the same for all kinds."""
-    total, distances, energies = {}, {}, torch.zeros(2, dtype=torch.float64)
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Gaussians of features [N, P, g, g] by kind, as from `fit_gaussian`, and held-out distances [N, g, g] by kind."""
+    gaussians, distances = {}, {}
     for kind, values in x.items():
-        total[kind] = Moments.of(values[good], reduce, block)
-        for pooled in (False, True):
-            distances[pooled, kind] = values.new_empty(len(values), *values.shape[-2:])
+        total = Moments.of(values[good], reduce, block)
+        gaussians[kind] = fit_gaussian(total)
+        distances[kind] = values.new_empty(len(values), *values.shape[-2:])
         for k in folds:
-            rest = total[kind].less(Moments.of(values[good & (fold == k)], reduce, block))
-            for pooled in (False, True):
-                mean, whitening = fit_gaussian(rest, pooled)
-                held_out = mahalanobis(values[fold == k] - mean, whitening)
-                distances[pooled, kind][fold == k] = held_out
-                log_det = -2 * torch.diagonal(whitening, dim1=-2, dim2=-1).log().sum(-1).mean()
-                energies[int(pooled)] += (held_out[good[fold == k]].square().mean((1, 2)) + log_det).sum()
-    separate, together = reduce(energies).tolist()
-    pooled = together < separate
-    gaussians = {kind: fit_gaussian(moments, pooled) for kind, moments in total.items()}
-    return gaussians, {kind: distances[pooled, kind] for kind in x}, pooled
+            mean, whitening = fit_gaussian(total.less(Moments.of(values[good & (fold == k)], reduce, block)))
+            distances[kind][fold == k] = mahalanobis(values[fold == k] - mean, whitening)
+    return gaussians, distances
 
 
 def fit_held_out_summaries(

@@ -32,7 +32,7 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
     For every category it holds
     - a Gaussian of the extractor's features at every position, as PaDiM does (Defard et al., 2021), and one of the
       residuals that the network's prediction of those features leaves, on a grid half as fine, for context: means at
-      each position, covariances shared by square blocks of positions, or by all positions for objects that move;
+      each position, covariances shared by square blocks of positions;
     - a Gaussian of the extractor's summaries of whole images (Rippel et al., ICPR 2020), with one covariance for all
       categories (Lee et al., NeurIPS 2018), for what is odd about an image and nowhere in it;
     - location and deviation of every raw score map (log KL, feature error and log RGB difference at each timestep and
@@ -47,12 +47,12 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         feature_channels: Channels of the extractor.
         num_summaries: Numbers that are kept of its summary of an image, evenly picked, 2048 at most.
         gaussian_size: Side of the grid of the features' Gaussian, that of the residuals' is half of it; both are
-            averaged down to their grid. By default half the features' side.
+            averaged down to their grid. By default the features' side.
         gaussian_channels: Both are projected to this many orthonormal directions. By default 140, of several
             categories 192, or all there are.
-        gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids. By default 1,
+        gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids. By default 2,
             and for several categories half of `gaussian_size`, which with more directions finds more and keeps the
-            model small.
+            model small; 1 where these do not divide both.
         map_size: Side of the grid of calibrated maps.
         weights: Of each score's map in the fused map, by name; those left out do not count.
         image_weights: Likewise in the map whose largest values make the fused image score, and the weight of the

@@ -25,7 +25,13 @@ from rad.models.gaussian import Moments, fit_gaussian
 DIRECTIONS = 4
 GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
 MAPS = tuple(name for name, score_type in SCORE_TYPES.items() if score_type.has_map)
-CONFIG = {"gaussian_channels": DIRECTIONS, "timesteps": TIMESTEPS, "top_k": 8}
+CONFIG = {
+    "gaussian_channels": DIRECTIONS,
+    "gaussian_size": SIDE // 2,
+    "gaussian_block": 1,
+    "timesteps": TIMESTEPS,
+    "top_k": 8,
+}
 COUNT = 100
 
 
@@ -38,11 +44,6 @@ def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **conf
     fitted = model.fit(features, residuals, summarise(features), labels, raw_maps, list(categories), **processes)
     assert fitted is model  # in place
     return model
-
-
-def is_pooled(model: NormalityModel) -> list[bool]:
-    """For each category, whether one Gaussian serves all positions: the mean then is the same everywhere."""
-    return [bool((mean == mean[:, :1, :1]).all()) for mean in model.feature_mean]
 
 
 def score(model: NormalityModel, features, residuals, raw_maps, label: int = 0):
@@ -103,7 +104,6 @@ def shrunk_covariances(x: np.ndarray, side: int) -> np.ndarray:
 def test_distance_is_mahalanobis_and_so_is_its_gradient(fitted_on, block, kind):
     draws = [x[:30] for x in fitted_on]
     model = fit(*draws, gaussian_block=block)
-    assert is_pooled(model) == [False]
     index, grid = list(GRIDS).index(kind), GRIDS[kind]
     cell = SIDE // grid
     x = projected(model, draws[index], kind)
@@ -142,20 +142,6 @@ def test_the_residual_gaussian_is_of_the_averaged_residuals(model, fitted_on):
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["feature", "residual"])
-def test_pooled_distance_is_that_of_one_gaussian_for_all_positions(kind):
-    draws = torch.randn(2, 40, CHANNELS, SIDE, SIDE) * torch.linspace(1, 4, CHANNELS).view(-1, 1, 1)
-    model = fit(*draws, GoodImages(0).raw_maps(40))
-    assert is_pooled(model) == [True]
-    values = draws[list(GRIDS).index(kind)]
-    x = projected(model, values, kind).transpose(0, 2, 3, 1)
-    flat = x.reshape(-1, DIRECTIONS)
-    covariance = np.cov(flat.T, bias=True) + 0.01 * np.eye(DIRECTIONS)
-    deviations = x[:2] - flat.mean(0)
-    expected = np.sqrt(np.einsum("nhwp,pq,nhwq->nhw", deviations, np.linalg.inv(covariance), deviations))
-    np.testing.assert_allclose(model.distance(values[:2], [0, 0], kind), expected, rtol=1e-3)
-
-
 def test_projection_is_orthonormal(model):
     np.testing.assert_allclose(model.projection.T @ model.projection, np.eye(DIRECTIONS), atol=1e-5)
 
@@ -188,41 +174,20 @@ def test_distance_is_proportional_to_the_step_from_the_mean(model, kind):
     torch.testing.assert_close(distances[1:], 2 * distances[:-1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("moving", [False, True])
-def test_objects_that_move_get_one_gaussian_for_all_positions(moving):
-    """An edge down the image: at the same place in each, or anywhere."""
-    rng = np.random.default_rng(0)
-    features = 0.3 * rng.standard_normal((40, CHANNELS, SIDE, SIDE))
-    for image in features:
-        edge = np.zeros((SIDE, SIDE))
-        edge[:, 6:10] = 2.0
-        image += np.roll(edge, rng.integers(SIDE) if moving else 0, axis=1)
-    residuals = 0.3 * torch.randn(40, CHANNELS, SIDE, SIDE)
-    model = fit(torch.from_numpy(features).float(), residuals, GoodImages(0).raw_maps(40), categories=["nut"])
-    assert is_pooled(model) == [moving]
-
-
 # Held out
 
 
 @pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_subtracting_the_moments_of_a_fold_leaves_it_out(block, pooled):
+def test_subtracting_the_moments_of_a_fold_leaves_it_out(block):
     """As if fitted to the others, in float64, though the mean is a thousand times the deviation."""
     x = 1000 + torch.randn(13, DIRECTIONS, 4, 4) * torch.linspace(0.5, 2, DIRECTIONS).view(-1, 1, 1)
     fold = torch.arange(13) % 5
     total = Moments.of(x, lambda part: part, block)
     for k in range(5):
-        mean, whitening = fit_gaussian(total.less(Moments.of(x[fold == k], lambda part: part, block)), pooled)
+        mean, whitening = fit_gaussian(total.less(Moments.of(x[fold == k], lambda part: part, block)))
         rest = x[fold != k].double().numpy()
-        if pooled:
-            flat = rest.transpose(0, 2, 3, 1).reshape(-1, DIRECTIONS)
-            expected_mean = np.broadcast_to(flat.mean(0)[:, None, None], mean.shape)
-            covariances = np.cov(flat.T, bias=True)[None] + 0.01 * np.eye(DIRECTIONS)
-        else:
-            expected_mean = rest.mean(0)
-            covariances = shrunk_covariances(rest, block).reshape(-1, DIRECTIONS, DIRECTIONS)
-        np.testing.assert_allclose(mean, expected_mean, rtol=1e-6)
+        covariances = shrunk_covariances(rest, block).reshape(-1, DIRECTIONS, DIRECTIONS)
+        np.testing.assert_allclose(mean, rest.mean(0), rtol=1e-6)
         precisions = whitening.mT.double() @ whitening.double()
         np.testing.assert_allclose(precisions, np.linalg.inv(covariances), rtol=1e-4, atol=1e-5)
 
@@ -636,7 +601,7 @@ def two_categories() -> tuple[NormalityModel, list[GoodImages]]:
     images = [GoodImages(seed=10, offset=-1.0), GoodImages(seed=11, offset=1.0)]
     draws = [torch.stack(x, dim=1).flatten(0, 1) for x in zip(*(i.draw(20) for i in images), strict=True)]  # in turn
     draws[2][1::2] = 3 * draws[2][1::2] + 5
-    return fit(*draws, labels=[0, 1] * 20, categories=["nut", "tile"]), images
+    return fit(*draws, labels=[0, 1] * 20, categories=["nut", "tile"], gaussian_block=None), images
 
 
 def test_classify_picks_the_category(two_categories):
@@ -669,6 +634,12 @@ def test_several_categories_share_covariances_among_positions(model, two_categor
         assert model.get_buffer(f"{kind}_mean").shape[-2:] == (grid, grid)
         assert model.get_buffer(f"{kind}_whitening").shape[:2] == (1, grid**2)
     assert two_categories[0].feature_whitening.shape[1] == 4 and two_categories[0].residual_whitening.shape[1] == 1
+
+
+def test_by_default_the_grid_is_the_features_and_four_positions_share_a_covariance(fitted_on):
+    model = fit(*fitted_on, gaussian_size=None, gaussian_block=None)
+    assert (model.config.gaussian_size, model.config.gaussian_block) == (SIDE, 2)
+    assert model.feature_whitening.shape[1] == (SIDE // 2) ** 2
 
 
 @pytest.mark.parametrize("block", [1, 4])
@@ -830,7 +801,7 @@ def test_save_and_load_are_bit_exact_in_half_precision(fitted_on, tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     loaded = NormalityModel.from_pretrained(tmp_path)
-    assert is_pooled(loaded) == is_pooled(model) and list(loaded.config.categories) == ["tile"]
+    assert list(loaded.config.categories) == ["tile"]
     saved, restored = dict(model.named_buffers()), dict(loaded.named_buffers())
     assert saved.keys() == restored.keys()
     for name, buffer in saved.items():
