@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from .data.twins import defective_twins
 from .image_processor import RADImageProcessor, find_pixel_range
 from .image_reader import PipelineImageInput, peak
+from .models.fitting import Mirrored
 from .models.fusion import KINDS, Twins
-from .models.gaussian import MIN_GOOD, NUM_FOLDS, check_counts
+from .models.gaussian import MIN_GOOD, MIRRORED_IMAGES, check_counts, num_folds
 from .models.normality import NormalityModel
 from .pipeline_arguments import (
     as_list,
@@ -140,6 +141,8 @@ class RADFittingMixin:
                 maps = evidence.stack(map_size)[max(unscored - start, 0) :]
                 raw_maps[max(start - unscored, 0) : rows.stop - unscored] = maps
 
+        copies, copied = [features[:0]], []  # mirrored ones, and the places of what they are copies of
+        to_mirror = mirror_sources(names)
         prints = torch.zeros(len(names), dtype=torch.int64)
         masks = torch.zeros(num_twins, map_size, map_size)
         with self.progress_bar(total=len(features)) as progress:
@@ -147,6 +150,11 @@ class RADFittingMixin:
                 x_0, _ = processor.preprocess(own[batch])
                 prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
                 look(x_0, own_names[batch], batch.start)
+                for place, x in enumerate(x_0, batch.start):
+                    if place * world + rank in to_mirror:
+                        views = self.feature_extractor(mirror(x).to(self._execution_device))
+                        copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
+                        copied += [place] * len(views)
                 progress.update(len(x_0))
             if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
                 warnings.warn(
@@ -171,7 +179,8 @@ class RADFittingMixin:
         places = [i // world for _, i in own_sources for _ in KINDS]
         twins = Twins(masks, places, numbers, len(KINDS) * len(sources))
         labels = [known.index(name) for name in names]
-        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen)
+        mirrored = Mirrored(torch.cat(copies), copied)
+        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen, mirrored)
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
         return self
@@ -189,13 +198,25 @@ def defect_sources(names: Sequence[str], num_scored: int) -> list[int]:
     return sorted(own[int(i)] for own, places in zip(members, picked, strict=True) for i in places)
 
 
+def mirror_sources(names: Sequence[str]) -> set[int]:
+    """Which images also count mirrored: of each category at most `MIRRORED_IMAGES`, picked at random."""
+    rng = np.random.default_rng(0)
+    members = ([i for i, name in enumerate(names) if name == category] for category in sorted(set(names)))
+    return {int(i) for own in members for i in rng.permutation(own)[:MIRRORED_IMAGES]}
+
+
+def mirror(x_0: torch.Tensor) -> torch.Tensor:
+    """An image [3, S, S] mirrored, upside down, and both, [3, 3, S, S]."""
+    return torch.stack([x_0.flip(2), x_0.flip(1), x_0.flip(1, 2)])
+
+
 def texture_of(image: int, names: Sequence[str], num_scored: int) -> int:
     """Which image's texture to paste on a scored one: of its category and, if there is one, its fold, so that what
     judges it knows neither."""
     members = scored_of(names[image], names, num_scored)
-    place = members.index(image)
-    same = [other for k, other in enumerate(members) if k % NUM_FOLDS == place % NUM_FOLDS and other > image]
-    first = members[place % NUM_FOLDS]
+    place, folds = members.index(image), num_folds(len(members))
+    same = [other for k, other in enumerate(members) if k % folds == place % folds and other > image]
+    first = members[place % folds]
     return same[0] if same else first if first != image else members[(place + 1) % len(members)]
 
 

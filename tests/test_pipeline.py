@@ -15,7 +15,7 @@ from scipy.ndimage import label
 from rad import RADPipeline, RADScheduler, RADUNet2DModel
 from rad.image_processor import resize_map, to_pil
 from rad.models.evidence import SCORE_TYPES
-from rad.pipeline_fitting import defect_sources, texture_of, with_defects
+from rad.pipeline_fitting import defect_sources, mirror, mirror_sources, texture_of, with_defects
 from rad.pipeline_output import find_regions
 from rad.scheduler_rad import antithetic_noise
 
@@ -427,13 +427,35 @@ def test_defects_are_put_on_scored_images_of_each_category_evenly():
 
 
 def test_texture_comes_from_the_same_category_and_fold():
-    names = ["a", "b"] * 12
-    for image in range(4, 24):
-        other = texture_of(image, names, 20)
-        assert other != image and other >= 4 and names[other] == names[image]
-        places = [[i for i in range(4, 24) if names[i] == names[image]].index(i) for i in (image, other)]
+    names = ["a", "b"] * 120
+    for image in range(20, 240):
+        other = texture_of(image, names, 220)
+        assert other != image and other >= 20 and names[other] == names[image]
+        places = [[i for i in range(20, 240) if names[i] == names[image]].index(i) for i in (image, other)]
         assert places[0] % 5 == places[1] % 5
-    assert texture_of(0, ["a", "a"], 2) == 1  # there is none of its fold
+    assert texture_of(0, ["a"] * 12, 12) == 1  # few are held out one by one: there is none of its fold
+    assert texture_of(11, ["a"] * 12, 12) == 0
+
+
+def test_some_images_of_each_category_are_mirrored_in_three_ways():
+    names = ["a"] * 100 + ["b"] * 5
+    sources = mirror_sources(names)
+    assert len(sources) == 25 and {100, 101, 102, 103, 104} < sources and sources == mirror_sources(names)
+    views = mirror(torch.arange(12.0).view(1, 3, 4))
+    assert [view[0, 0, 0].item() for view in views] == [3, 8, 11] and views.shape == (3, 1, 3, 4)
+
+
+def test_mirrored_copies_enter_the_fit(small_pipeline_without_normality, good_images):
+    """The mean of features is that of the images and, as 20 images, of their copies."""
+    pipeline = small_pipeline_without_normality
+    pipeline.fit_normality(good_images[:6])
+    x_0, _ = pipeline.image_processor.preprocess(good_images[:6])
+    with torch.no_grad():
+        own, copies = (pipeline.feature_extractor(x) for x in (x_0, torch.cat([mirror(x) for x in x_0])))
+        own, copies = (pipeline.normality.project(x) for x in (own, copies))
+    expected = (6 * own.mean(0) + 20 * copies.mean(0)) / 26
+    torch.testing.assert_close(pipeline.normality.feature_mean[0], expected, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(pipeline.normality.feature_mean[0], own.mean(0), rtol=1e-2, atol=1e-2)
 
 
 def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):

@@ -17,10 +17,13 @@ from .evidence import FUSED, GLOBAL, SCORE_TYPES
 
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
 
+TAIL_SIZE = 6  # good images that the mean excess in the tail is taken from at least, where there are twice as many
+
 
 def good_tail(good: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """Where the tail of good images' scores starts, its rate and its mean excess."""
-    size = max(1, len(good) // 10)
+    """Where the tail of good images' scores starts, its rate and its mean excess: the upper tenth, or of few images as
+    many as tell a mean, at most half of them."""
+    size = max(1, len(good) // 10, min(TAIL_SIZE, len(good) // 2))
     start = good[-size - 1] if len(good) > 1 else good[0]
     mean_excess = (good[-size:] - start).mean().clamp_min(1e-3)
     return start, (size + 1) / (len(good) + 1), mean_excess
@@ -29,8 +32,8 @@ def good_tail(good: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
 def p_values(scores: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     """How often a good image scores as high, float64 [B] in (0, 1], for scores [B].
 
-    The rank among held-out good images, (1 + #{good >= score}) / (1 + n); beyond their upper tenth an exponential
-    tail fitted to it, because ranks cannot tell rates below 1 / (n + 1) apart.
+    The rank among held-out good images, (1 + #{good >= score}) / (1 + n); in their tail (`good_tail`) an exponential
+    one fitted to it, because ranks cannot tell rates below 1 / (n + 1) apart.
     """
     start, rate, mean_excess = good_tail(good)
     scores = scores.to(good)

@@ -1,6 +1,7 @@
 """How a normality model is fitted: Gaussians, units, weights and thresholds, none of them from an image's own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,30 @@ from .fusion import Look, Twins, choose_weights, count_found
 from .gaussian import (
     MAX_SUMMARIES,
     MIN_SCORED,
-    NUM_FOLDS,
     Moments,
     Reduce,
     check_counts,
     fit_held_out_deviation,
-    fit_held_out_gaussians,
+    fit_held_out_gaussian,
     fit_held_out_scores,
     fit_held_out_summaries,
+    num_folds,
     pack_triangle,
     pick,
 )
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Mirrored copies of good images, M in this process: more of what good parts look like, where these are few.
+
+    Attributes:
+        features: As those of `fit`, [M, feature_channels, h, w].
+        sources: Of each, the place in this process's share of the image that it is a copy of.
+    """
+
+    features: torch.Tensor
+    sources: list[int]
 
 
 class FittingMixin:
@@ -41,6 +55,7 @@ class FittingMixin:
         reduce: Reduce = lambda part: part,
         twins: Twins | None = None,
         chosen: Sequence[str] = ("weights", "image_weights"),
+        mirrored: Mirrored | None = None,
     ) -> Any:
         """Fits on good images, in place; every score that enters a threshold is held out of Gaussians and units.
 
@@ -68,6 +83,8 @@ class FittingMixin:
             twins: Of scored images in this share; without them, on any process, the weights stay as they are, and how
                 much is found is not known.
             chosen: Which weights are chosen.
+            mirrored: Copies of images in this share, some of each category, that serve the features' Gaussian too;
+                every process gives some or none does.
 
         Returns:
             Itself.
@@ -84,7 +101,7 @@ class FittingMixin:
         for label in range(len(categories)):
             scored = (label_of == label) & (place >= 0)
             counts.append(int(scored.sum()))
-            fold_of[scored] = torch.arange(counts[-1]) % NUM_FOLDS
+            fold_of[scored] = torch.arange(counts[-1]) % num_folds(counts[-1])
         self._resize(features, summaries, raw_maps, categories, num_scored)
         self.register_to_config(found=None)  # not that of an earlier fit
 
@@ -108,22 +125,24 @@ class FittingMixin:
         z = raw_maps.new_zeros(int(scored.sum()), self.location.shape[1], size, size, dtype=torch.float32)
         outlying = z.new_zeros(len(z))
         for label, count in enumerate(counts):
-            mine, folds = (label_of == label).nonzero().flatten(), range(min(NUM_FOLDS, count))
+            mine, folds = (label_of == label).nonzero().flatten(), range(num_folds(count))
             fold, good, held = fold_of[mine], is_good[mine], scored[mine]
-            x = {
-                kind: torch.cat([self.project(values[chunk], kind) for chunk in mine.split(64)])
-                for kind, values in (("feature", features), ("residual", residuals))
-            }
-            gaussians, distances = fit_held_out_gaussians(x, fold, good, folds, block, reduce)
-            for kind, (mean, whitening) in gaussians.items():
+            grids = []
+            for kind, looks in (("residual", residuals), ("feature", features)):
+                x = torch.cat([self.project(looks[chunk], kind) for chunk in mine.split(64)])
+                copies = None
+                if kind == "feature" and mirrored is not None:
+                    of = label_of[mirrored.sources] == label
+                    copies = self.project(mirrored.features[of]), fold_of[mirrored.sources][of]
+                (mean, whitening), grid = fit_held_out_gaussian(x, fold, good, folds, block, reduce, copies)
                 self.get_buffer(f"{kind}_mean")[label] = mean
                 self.get_buffer(f"{kind}_whitening")[label] = pack_triangle(whitening)
-            mean, std = Moments.of(x["feature"][good].mean((2, 3)), reduce).mean_and_std()
+                grids.append(grid)
+            mean, std = Moments.of(x[good].mean((2, 3)), reduce).mean_and_std()
             self.category_mean[label], self.category_std[label] = mean, std.clamp_min(1e-3)
             # Logits mean the same everywhere, and so do distances under a covariance of a position or its neighbours
             own = rows[mine][held]
-            grids = [to_grid(distances[kind][held], size) for kind in ("residual", "feature")]
-            raw = torch.cat([raw_maps[own].float(), *grids], dim=1)
+            raw = torch.cat([raw_maps[own].float(), *(to_grid(grid[held], size) for grid in grids)], dim=1)
             alike = {"discriminator"} if block > 2 else {"discriminator", "residual", "mahalanobis"}
             positioned = [name not in alike for name, span in self.channels.items() for _ in range(raw.shape[1])[span]]
             *deviation, z[own] = fit_held_out_deviation(raw, fold[held], good[held], folds, positioned, reduce)
@@ -162,7 +181,7 @@ class FittingMixin:
             combined = self._combine(z[mine], self.map_scale[[label]])
             whole = distance[scored][mine].float()
             values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
-            folds = range(min(NUM_FOLDS, count))
+            folds = range(num_folds(count))
             *units, held = fit_held_out_scores(torch.stack(values, dim=1), row_fold[mine], good, folds, reduce)
             self.score_location[label], self.score_scale[label] = units
             places = place[scored][mine[good]]

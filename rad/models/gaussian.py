@@ -12,10 +12,11 @@ from scipy.linalg.lapack import dtrtri
 from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
-NUM_FOLDS = 5
-MIN_SCORED = 2  # good images of a category: what a deviation needs
-MIN_GOOD = NUM_FOLDS  # of fewer each is judged by so few others that nothing bad stands out
+FEW_SCORED = 100  # good images of a category: of fewer each is held out by itself or with few others
+MIN_SCORED = 2  # what a deviation needs
+MIN_GOOD = 5  # of fewer each is judged by so few others that nothing bad stands out
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
+MIRRORED_IMAGES = 20  # weight of all mirrored copies in the features' Gaussian: of few images they tell much
 MAX_SUMMARIES = 2048  # numbers of whole images; their covariance has as many squared
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
@@ -46,6 +47,13 @@ class Moments:
     def less(self, other: "Moments") -> "Moments":
         """Of the images that are not among the others."""
         return Moments(self.count - other.count, self.first - other.first, self.second - other.second)
+
+    def plus(self, other: "Moments", weight: float) -> "Moments":
+        """With the others', which count as much as `weight` images, if there are any."""
+        if not other.count:
+            return self
+        scale = weight / other.count
+        return Moments(self.count + weight, self.first + scale * other.first, self.second + scale * other.second)
 
     def mean_and_std(self, prior: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A prior deviation counts as much as `PRIOR_IMAGES` images."""
@@ -99,6 +107,12 @@ def fit_deviation(moments: Moments, positioned: list[bool]) -> tuple[torch.Tenso
     return location.float(), (square - location.square()).clamp_min(1e-12).sqrt().float()
 
 
+def num_folds(count: int) -> int:
+    """In how many folds so many scored images of a category are held out: statistics without a large part of few
+    images would judge it more harshly than those of all judge other images."""
+    return min(count, 20) if count < FEW_SCORED else 5
+
+
 def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SCORED) -> None:
     """Raises ValueError unless there are enough good images to fit to.
 
@@ -120,19 +134,33 @@ def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SC
 # every process the same. Images that are not good are judged by what never saw their fold, and serve no fit.
 
 
-def fit_held_out_gaussians(
-    x: dict[str, torch.Tensor], fold: torch.Tensor, good: torch.Tensor, folds: range, block: int, reduce: Reduce
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Gaussians of features [N, P, g, g] by kind, as from `fit_gaussian`, and held-out distances [N, g, g] by kind."""
-    gaussians, distances = {}, {}
-    for kind, values in x.items():
-        total = Moments.of(values[good], reduce, block)
-        gaussians[kind] = fit_gaussian(total)
-        distances[kind] = values.new_empty(len(values), *values.shape[-2:])
-        for k in folds:
-            mean, whitening = fit_gaussian(total.less(Moments.of(values[good & (fold == k)], reduce, block)))
-            distances[kind][fold == k] = mahalanobis(values[fold == k] - mean, whitening)
-    return gaussians, distances
+def fit_held_out_gaussian(
+    x: torch.Tensor,
+    fold: torch.Tensor,
+    good: torch.Tensor,
+    folds: range,
+    block: int,
+    reduce: Reduce,
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The Gaussian of features [N, P, g, g], as from `fit_gaussian`, and held-out distances [N, g, g]. Mirrored copies
+    of good images, [M, P, g, g], and the fold of each count as much as `MIRRORED_IMAGES` images."""
+
+    def moments(k: int | None = None) -> Moments:
+        """Of good images of all folds but one."""
+        rest = total if k is None else total.less(Moments.of(x[good & (fold == k)], reduce, block))
+        if copies is None:
+            return rest
+        own = mirrored if k is None else mirrored.less(Moments.of(copies[0][copies[1] == k], reduce, block))
+        return rest.plus(own, MIRRORED_IMAGES)
+
+    total, distances = Moments.of(x[good], reduce, block), x.new_empty(len(x), *x.shape[-2:])
+    if copies is not None:
+        mirrored = Moments.of(copies[0], reduce, block)
+    for k in folds:
+        mean, whitening = fit_gaussian(moments(k))
+        distances[fold == k] = mahalanobis(x[fold == k] - mean, whitening)
+    return fit_gaussian(moments()), distances
 
 
 def fit_held_out_summaries(
@@ -146,7 +174,7 @@ def fit_held_out_summaries(
     """What `fit_summaries` gives of all processes' good images' summaries x [N, D], and held-out distances [n] of
     those that this one judges [n, D], 0 for images of no fold; all float64."""
     distances = judged.new_zeros(len(judged))
-    for k in range(NUM_FOLDS):
+    for k in range(int(fold.max()) + 1):
         mean, std, whitening = fit_summaries(x[fold != k], labels[fold != k])
         held_out = judged_fold == k
         z = (judged[held_out] - mean[judged_labels[held_out]]) / std[judged_labels[held_out]]

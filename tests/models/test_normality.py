@@ -20,7 +20,8 @@ from sklearn.covariance import LedoitWolf
 from rad import NormalityModel
 from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
-from rad.models.gaussian import Moments, fit_gaussian
+from rad.models.fitting import Mirrored
+from rad.models.gaussian import Moments, fit_gaussian, num_folds
 
 DIRECTIONS = 4
 GRIDS = {"feature": SIDE // 2, "residual": SIDE // 4}
@@ -38,7 +39,7 @@ COUNT = 100
 def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **config) -> NormalityModel:
     """On all images, or on the share and with the sums of one of several processes."""
     labels = [0] * len(features) if labels is None else labels
-    processes = {name: config.pop(name) for name in ("share", "reduce") if name in config}
+    processes = {name: config.pop(name) for name in ("share", "reduce", "mirrored") if name in config}
     discriminator = raw_maps.shape[1] > 3 * len(TIMESTEPS)
     model = NormalityModel(**CONFIG | {"discriminator": discriminator} | config)
     fitted = model.fit(features, residuals, summarise(features), labels, raw_maps, list(categories), **processes)
@@ -190,6 +191,39 @@ def test_subtracting_the_moments_of_a_fold_leaves_it_out(block):
         np.testing.assert_allclose(mean, rest.mean(0), rtol=1e-6)
         precisions = whitening.mT.double() @ whitening.double()
         np.testing.assert_allclose(precisions, np.linalg.inv(covariances), rtol=1e-4, atol=1e-5)
+
+
+def test_mirrored_copies_count_as_twenty_images_in_the_features_gaussian(fitted_on):
+    """As if each of the 18 copies were there 20 / 18 times; nothing else than the features' Gaussian knows of them."""
+    draws, copies = [x[:12] for x in fitted_on], GoodImages(seed=4, offset=0.5).features(18)
+    model = fit(*draws, mirrored=Mirrored(copies, [i for i in range(6) for _ in range(3)]))
+    x, mirrored = (projected(model, values).transpose(2, 3, 0, 1) for values in (draws[0], copies))  # [g, g, N, P]
+    weights = np.repeat([1, 20 / 18], [12, 18])
+    both = np.concatenate([x, mirrored], axis=2)
+    mean = np.average(both, axis=2, weights=weights)
+    np.testing.assert_allclose(model.feature_mean[0].permute(1, 2, 0), mean, rtol=1e-3, atol=1e-3)
+    covariances = np.stack([[np.cov(cell.T, aweights=weights, bias=True) for cell in row] for row in both])
+    covariances = (32 * covariances + 10 * covariances.mean((0, 1))) / (32 + 10) + 0.01 * np.eye(DIRECTIONS)
+    fresh = GoodImages(seed=2).features(1)
+    deviation = projected(model, fresh).transpose(2, 3, 0, 1)[:, :, 0] - mean
+    solved = np.linalg.solve(covariances, deviation[..., None])[..., 0]
+    expected = np.sqrt((deviation * solved).sum(-1))
+    np.testing.assert_allclose(model.distance(fresh, [0])[0], expected, rtol=1e-3)
+    assert torch.equal(model.residual_mean, fit(*draws).residual_mean)
+
+
+def test_a_mirrored_copy_is_held_out_with_its_image(fitted_on):
+    """Else an image would be judged by what saw it, turned: here a copy is the image itself, far from all others."""
+    draws = [x[:12].clone() for x in fitted_on]
+    draws[0][3] += 40
+    alone = fit(*draws).good_scores[MAPS.index("mahalanobis"), -1]
+    mirrored = fit(*draws, mirrored=Mirrored(draws[0][[3]], [3])).good_scores[MAPS.index("mahalanobis"), -1]
+    assert mirrored > 0.9 * alone
+
+
+@pytest.mark.parametrize(("count", "folds"), [(5, 5), (12, 12), (20, 20), (60, 20), (99, 20), (100, 5), (700, 5)])
+def test_few_images_are_held_out_one_by_one(count, folds):
+    assert num_folds(count) == folds
 
 
 @pytest.mark.parametrize("name", ["residual", "mahalanobis"])
@@ -563,12 +597,12 @@ def test_few_good_images_leave_a_wide_interval(count, rate, high):
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.1, 0.3])
 def test_held_out_alarms_are_those_of_each_image_judged_by_the_others(rate):
-    """Each score's rank among the others, and beyond their upper tenth the exponential tail, in plain NumPy."""
+    """Each score's rank among the others, and beyond their tail's start the exponential one, in plain NumPy."""
     model = fit(*GoodImages(seed=6).draw(30))
     scores, alarms = model.good_scores[0].double().numpy(), 0
     for i, score in enumerate(scores):
         others = np.delete(scores, i)
-        tail = len(others) // 10
+        tail = max(len(others) // 10, 6)  # of few the upper tenth is too small for a mean
         start, excess = others[-tail - 1], others[-tail:].mean() - others[-tail - 1]
         p = (1 + (others >= score).sum()) / (1 + len(others))
         if score > start:
