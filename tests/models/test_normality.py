@@ -488,7 +488,7 @@ def test_a_second_fit_forgets_the_first(fitted_on):
     """Sizes that nobody asked for follow from what is fitted to; the others stay."""
     draws = [x[:20] for x in fitted_on]
     model = NormalityModel(timesteps=TIMESTEPS, discriminator=True, gaussian_channels=3)
-    for categories, blocks in ((["tile"], 64), (["nut", "tile"], 4), (["tile"], 64)):
+    for categories, blocks in ((["tile"], 64), (["nut", "tile"], 16), (["tile"], 64)):
         labels = [i % len(categories) for i in range(20)]
         assert model.fit(*draws[:2], summarise(draws[0]), labels, draws[2], categories) is model
         assert model.feature_whitening.shape[:2] == (len(categories), blocks)
@@ -667,7 +667,7 @@ def test_several_categories_share_covariances_among_positions(model, two_categor
     for kind, grid in GRIDS.items():
         assert model.get_buffer(f"{kind}_mean").shape[-2:] == (grid, grid)
         assert model.get_buffer(f"{kind}_whitening").shape[:2] == (1, grid**2)
-    assert two_categories[0].feature_whitening.shape[1] == 4 and two_categories[0].residual_whitening.shape[1] == 1
+    assert two_categories[0].feature_whitening.shape[1] == 16 and two_categories[0].residual_whitening.shape[1] == 4
 
 
 def test_by_default_the_grid_is_the_features_and_four_positions_share_a_covariance(fitted_on):
