@@ -198,7 +198,7 @@ def test_the_residual_is_what_the_prediction_of_features_leaves_on_average(pipel
     assert kl.shape == rgb.shape == (2, 3, *x_0.shape[-2:]) and error.shape == (2, 3, *features.shape[-2:])
     torch.testing.assert_close(residuals, expected, rtol=1e-4, atol=1e-4)
     distance = normality.distance(residuals, [0, 0], "residual")[:, None]
-    assert distance.shape[-1] == features.shape[-1] // 4
+    assert distance.shape[-1] == features.shape[-1] // 2
     z = torch.nn.functional.interpolate(distance, (16, 16), mode="bilinear")[:, 0] - normality.location[0, -2]
     z = z / normality.scale[0, -2] / normality.map_scale[0, 3]
     normality.register_to_config(num_noise_samples=2)  # as if it had been fitted so
