@@ -230,7 +230,7 @@ class RADPipeline(RADLoaderMixin, RADFittingMixin, RADRestorationMixin):
 
         # 1. What the frozen networks say
         stages = self.feature_extractor.stages(x_0)
-        features, summaries = self.feature_extractor.join(stages), self.feature_extractor.summary(x_0, stages)
+        features, summaries = self.feature_extractor.join(stages, x_0), self.feature_extractor.summary(x_0, stages)
         logits = None if self.discriminator is None else self.discriminator(stages)
         categories: list[str | None] = [None] * len(x_0) if labels is None else list(labels)
         if self.normality is not None and None in categories:

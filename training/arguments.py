@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help="U-Net to start from: guided-diffusion's 256x256_diffusion.pt, or a folder.",
     )
     add("--backbone", help="timm backbone with ImageNet weights; by default the embedded extractor.")
-    add("--feature_stride", type=int, help="Pixels per position of --backbone's grid; 8 by default.")
+    add("--feature_stride", type=int, help="Pixels per position of --backbone's grid; 8 by default, of ViTs 16.")
     add(
         "--standardise_channels",
         action=flag,

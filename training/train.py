@@ -78,11 +78,12 @@ def initial_pipeline(args: argparse.Namespace, categories: list[str]) -> RADPipe
             num_noise_samples=pipeline.config.num_noise_samples,
         )
 
+    resolution = args.resolution or DEFAULT_RESOLUTION
     if args.backbone:
-        extractor = RADFeatureExtractor.from_timm(args.backbone, feature_stride=args.feature_stride or 8)
+        stride = {"feature_stride": args.feature_stride} if args.feature_stride else {}
+        extractor = RADFeatureExtractor.from_timm(args.backbone, resolution, **stride)
     else:
         extractor = RADFeatureExtractor.from_pretrained(EMBEDDED_DIR / "tf_efficientnet_lite0")
-    resolution = args.resolution or DEFAULT_RESOLUTION
     head = {"feature_channels": extractor.num_channels, "feature_stride": extractor.config.feature_stride}
     if args.init_from and Path(args.init_from).is_dir():
         unet = RADUNet2DModel.from_pretrained(args.init_from).with_categories(labels)
@@ -117,7 +118,7 @@ def check_networks(args: argparse.Namespace, pipeline: RADPipeline) -> None:
     try:
         x_0 = torch.zeros(1, 3, size, size)
         stages = extractor.stages(x_0)
-        if extractor.join(stages).shape[1] != extractor.num_channels:
+        if extractor.join(stages, x_0).shape[1] != extractor.num_channels:
             raise ValueError("its stages have other channels than it says")
         extractor.summary(x_0, stages)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
@@ -147,6 +148,9 @@ def train_unet(
     output_dir, device, scheduler = Path(args.output_dir), accelerator.device, pipeline.scheduler
     extractor = pipeline.feature_extractor
     categories = list(pipeline.unet.config.categories)
+    if extractor.config.image_size and args.crop_prob:
+        logger.warning("The backbone takes images of one size alone: batches hold whole images, no crops.")
+        args.crop_prob = 0.0
 
     # 1. Batches: what they hold depends on the seed and their number alone
     sampler = TrainingSampler(

@@ -18,9 +18,12 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
 
     Args:
         backbone: Any timm model that supports `features_only`; RAN uses "tf_efficientnet_b4".
-        out_indices: The stages to read; (0, 1, 2, 3) are strides 2, 4, 8, 16 in an EfficientNet.
+        out_indices: The stages to read; (0, 1, 2, 3) are strides 2, 4, 8, 16 in an EfficientNet. Of a transformer of
+            one stride, such as a ViT, they are blocks.
         feature_stride: Pixels per position of the grid that every stage is resized to; RAN's 64 x 64 grid on
             256 x 256 images is 4.
+        image_size: Side in pixels to which images are resized for a backbone that takes one size alone, such as Swins;
+            None for the others.
     """
 
     @register_to_config
@@ -29,9 +32,10 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         backbone: str = "tf_efficientnet_lite0",
         out_indices: tuple[int, ...] = (0, 1, 2, 3),
         feature_stride: int = 8,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.network = timm.create_model(backbone, features_only=True, out_indices=tuple(out_indices))
+        self.network = _create(backbone, out_indices, image_size)
         info = self.network.feature_info
         if hasattr(self.network, "blocks"):  # EfficientNets keep the stages after the last one read
             last = max(int(name.split(".")[1]) for name in info.module_name() if name.startswith("blocks."))
@@ -46,25 +50,47 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
         self.eval()
 
     @classmethod
-    def from_timm(cls, backbone: str = "tf_efficientnet_b4", **kwargs: Any) -> "RADFeatureExtractor":
-        """A backbone with timm's ImageNet weights, downloaded on first use.
+    def from_timm(
+        cls, backbone: str = "tf_efficientnet_b4", resolution: int = 256, pretrained: bool = True, **kwargs: Any
+    ) -> "RADFeatureExtractor":
+        """A backbone with timm's ImageNet weights, downloaded on first use, and settings that suit it.
+
+        Args:
+            backbone: As in the constructor.
+            resolution: Side of the images; only a backbone that takes one size alone keeps to it.
+            pretrained: False for random weights.
+            kwargs: Of the constructor. Of a transformer of one stride four blocks are read by default, evenly spread,
+                on a grid of 16 pixels per position.
 
         Raises:
             OSError: The weights are not cached and cannot be downloaded.
         """
+        fixed = timm.get_pretrained_cfg_value(backbone, "fixed_input_size") and not _takes_any_size(backbone)
+        kwargs = {"image_size": resolution if fixed else None} | kwargs
         extractor = cls(backbone, **kwargs)
+        strides = extractor.network.feature_info.reduction()
+        if len(set(strides)) == 1 < len(strides):
+            depth = len(timm.create_model(backbone).blocks)
+            blocks = tuple(depth * part // 4 - 1 for part in range(1, 5))
+            extractor = cls(backbone, **{"out_indices": blocks, "feature_stride": 16} | kwargs)
+        if not pretrained:
+            return extractor
         try:
-            pretrained = timm.create_model(
-                backbone, pretrained=True, features_only=True, out_indices=tuple(extractor.config.out_indices)
-            )
+            weights = _create(backbone, extractor.config.out_indices, extractor.config.image_size, pretrained=True)
         except Exception as error:  # timm raises whatever its hub client raises: requests, httpx, hub or OS errors
             raise OSError(
                 f"The ImageNet weights of timm's {backbone!r} are not in the cache and cannot be downloaded "
                 f"({error}). "
                 "Without a network, start from an embedded pipeline's extractor (backbone 'tf_efficientnet_lite0')."
             ) from error
-        extractor.load_network(pretrained.state_dict())
+        extractor.load_network(weights.state_dict())
         return extractor
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RADFeatureExtractor":
+        """As in diffusers, but that the network is built before it is loaded: some of timm's hold constants that are
+        not among the saved weights."""
+        return super().from_pretrained(*args, **kwargs | {"low_cpu_mem_usage": False})
 
     def load_network(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Copies weights in timm's naming; stages that are not read are left out, every other tensor must be there."""
@@ -107,15 +133,18 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The backbone's stages for images [B, 3, H, W] in [-1, 1], finest first, [B, C_i, h_i, w_i] each;
         every channel is in units of its deviation on good images once `fit` has run."""
+        if (size := self.config.image_size) and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         stages = self.network(((images + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std)
+        if str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC"):
+            stages = [stage.permute(0, 3, 1, 2) for stage in stages]
         counts = [stage.shape[1] for stage in stages]
         means, stds = (x.view(-1, 1, 1).split(counts) for x in (self.channel_mean, self.channel_std))
         return [(stage - mean) / std for stage, mean, std in zip(stages, means, stds, strict=True)]
 
-    def join(self, stages: list[torch.Tensor]) -> torch.Tensor:
-        """Stages resized to one grid and concatenated, as `forward` gives them."""
-        stride = self.config.feature_stride / self.network.feature_info.reduction()[0]
-        size = [round(side / stride) for side in stages[0].shape[-2:]]
+    def join(self, stages: list[torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """Stages of these images resized to one grid and concatenated, as `forward` gives them."""
+        size = [side // self.config.feature_stride for side in images.shape[-2:]]
         return torch.cat([F.interpolate(stage, size, mode="bilinear", antialias=True) for stage in stages], dim=1)
 
     def summary(self, images: torch.Tensor, stages: list[torch.Tensor]) -> torch.Tensor:
@@ -138,7 +167,30 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of images [B, 3, H, W] in [-1, 1]: [B, num_channels, H / feature_stride, W / feature_stride]."""
-        return self.join(self.stages(images))
+        return self.join(self.stages(images), images)
+
+
+def _takes_any_size(backbone: str) -> bool:
+    """Whether a backbone of one input size can be told to take any, as timm's plain ViTs can."""
+    try:
+        timm.create_model(backbone, dynamic_img_size=True, dynamic_img_pad=True)
+    except TypeError:
+        return False
+    return True
+
+
+def _create(backbone: str, out_indices: Iterable[int], image_size: int | None, pretrained: bool = False) -> Any:
+    """timm's network that gives these stages."""
+    options: dict[str, Any] = {}
+    if image_size:
+        options = {"img_size": image_size}
+    elif timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
+        if not _takes_any_size(backbone):
+            raise ValueError(f"The backbone {backbone} takes images of one size alone: say by image_size which.")
+        options = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    return timm.create_model(
+        backbone, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **options
+    )
 
 
 def _mean_and_std(stage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,6 +109,34 @@ def test_a_resnet_works_too(photographs):
     assert features.shape == (3, 448, 16, 16) and features.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("backbone", "out_indices", "stride", "channels", "image_size"),
+    [
+        ("vit_tiny_patch16_224", (2, 5, 8, 11), 16, 768, None),
+        ("vit_small_patch14_dinov2", (2, 5, 8, 11), 16, 1536, None),  # 128 is no multiple of 14
+        ("cait_xxs24_224", (5, 11, 17, 23), 16, 768, 128),
+        ("swin_tiny_patch4_window7_224", (0, 1, 2, 3), 8, 1440, 128),
+        ("mambaout_femto", (0, 1, 2, 3), 8, 624, None),
+    ],
+)
+def test_transformers_and_channels_last_networks_give_one_grid(backbone, out_indices, stride, channels, image_size):
+    """Also of smaller images, to which a network of one size looks as if they were of its size."""
+    extractor = RADFeatureExtractor.from_timm(backbone, resolution=128, pretrained=False)
+    assert tuple(extractor.config.out_indices) == out_indices and extractor.config.image_size == image_size
+    x = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stages = extractor.stages(x)
+    assert [stage.shape[1] for stage in stages] == extractor.network.feature_info.channels()
+    features, summary = extractor(x), extractor.summary(x, stages)
+    assert features.shape == (2, channels, 128 // stride, 128 // stride) and features.isfinite().all()
+    assert extractor(x[..., :64, :64]).shape == (2, channels, 64 // stride, 64 // stride)
+    assert summary.shape == (2, extractor.num_summaries) and summary.isfinite().all()
+
+
+def test_a_backbone_of_one_size_is_told_which():
+    with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224 takes images of one size alone: say by image"):
+        RADFeatureExtractor("swin_tiny_patch4_window7_224")
+
+
 def test_fewer_stages_keep_fewer_blocks(photographs):
     extractor = RADFeatureExtractor("tf_efficientnet_lite0", out_indices=(0, 1), feature_stride=4)
     assert extractor.num_channels == 16 + 24 and len(extractor.network.blocks) == 2
