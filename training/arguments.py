@@ -15,7 +15,7 @@ FREE_ARGUMENTS = """train_data_dir dry_run cache_dir dataloader_num_workers cach
     overwrite_output_dir train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs
     gradient_checkpointing allow_tf32 mixed_precision checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint logging_steps report_to validation_steps num_validation_images evaluate push_to_hub
-    hub_model_id hub_token hub_private_repo map_weights image_weights context gaussian_channels fit_only
+    hub_model_id hub_token hub_private_repo map_weights image_weights context gaussian_size gaussian_channels fit_only
     discriminator_steps""".split()
 
 
@@ -128,6 +128,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help=f"In the image score, of {', '.join(IMAGE_WEIGHTS)}; likewise.",
     )
     add("--context", type=float, help="Weight of a wide neighbourhood in the map.")
+    add(
+        "--gaussian_size",
+        type=positive,
+        help="Side of the grid of the features' Gaussian, the features' own by default; of many photos of a texture a "
+        "coarser one may tell more.",
+    )
     add(
         "--gaussian_channels",
         type=positive,

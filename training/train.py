@@ -401,6 +401,7 @@ def main(args: argparse.Namespace) -> None:
         "weights": args.map_weights and dict(zip(MAP_WEIGHTS, args.map_weights, strict=True)),
         "image_weights": args.image_weights and dict(zip(IMAGE_WEIGHTS, args.image_weights, strict=True)),
         "context": args.context,
+        "gaussian_size": args.gaussian_size,
         "gaussian_channels": args.gaussian_channels,
     }
     start = time.monotonic()

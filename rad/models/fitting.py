@@ -223,7 +223,7 @@ class FittingMixin:
         if not any(config.weights.get(name) for name in self.score_types):
             raise ValueError(f"weights must name a score that has a map here, got {dict(config.weights)}.")
         size = asked["gaussian_size"] or features.shape[-1]
-        block = max(2, size // 4) if several else 2
+        block = max(1, size // (4 if several else 16))
         fits = size % block == size // 2 % block == 0
         self.register_to_config(
             categories=list(categories),

@@ -50,9 +50,9 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
             averaged down to their grid. By default the features' side.
         gaussian_channels: Both are projected to this many orthonormal directions. By default 140, of several
             categories 192, or all there are.
-        gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids. By default 2,
-            and for several categories a quarter of `gaussian_size`, which with more directions finds as much and keeps
-            the model small; 1 where these do not divide both.
+        gaussian_block: Side in positions of the blocks that share a covariance; it divides both grids. By default
+            there are 16 x 16 of them, and for several categories 4 x 4, which with more directions find as much and
+            keep the model small; one for each position where these do not divide both.
         map_size: Side of the grid of calibrated maps.
         weights: Of each score's map in the fused map, by name; those left out do not count.
         image_weights: Likewise in the map whose largest values make the fused image score, and the weight of the

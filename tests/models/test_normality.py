@@ -488,7 +488,7 @@ def test_a_second_fit_forgets_the_first(fitted_on):
     """Sizes that nobody asked for follow from what is fitted to; the others stay."""
     draws = [x[:20] for x in fitted_on]
     model = NormalityModel(timesteps=TIMESTEPS, discriminator=True, gaussian_channels=3)
-    for categories, blocks in ((["tile"], 64), (["nut", "tile"], 16), (["tile"], 64)):
+    for categories, blocks in ((["tile"], 256), (["nut", "tile"], 16), (["tile"], 256)):
         labels = [i % len(categories) for i in range(20)]
         assert model.fit(*draws[:2], summarise(draws[0]), labels, draws[2], categories) is model
         assert model.feature_whitening.shape[:2] == (len(categories), blocks)
@@ -670,10 +670,12 @@ def test_several_categories_share_covariances_among_positions(model, two_categor
     assert two_categories[0].feature_whitening.shape[1] == 16 and two_categories[0].residual_whitening.shape[1] == 4
 
 
-def test_by_default_the_grid_is_the_features_and_four_positions_share_a_covariance(fitted_on):
-    model = fit(*fitted_on, gaussian_size=None, gaussian_block=None)
-    assert (model.config.gaussian_size, model.config.gaussian_block) == (SIDE, 2)
-    assert model.feature_whitening.shape[1] == (SIDE // 2) ** 2
+@pytest.mark.parametrize(("side", "block"), [(8, 1), (16, 1), (32, 2)])
+def test_by_default_the_grid_is_the_features_and_has_16_x_16_covariances_at_most(fitted_on, side, block):
+    features, residuals = (F.interpolate(x[:10], (side, side)) for x in fitted_on[:2])
+    model = fit(features, residuals, fitted_on[2][:10], gaussian_size=None, gaussian_block=None)
+    assert (model.config.gaussian_size, model.config.gaussian_block) == (side, block)
+    assert model.feature_whitening.shape[1] == min(side, 16) ** 2
 
 
 @pytest.mark.parametrize("block", [1, 4])

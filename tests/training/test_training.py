@@ -484,7 +484,7 @@ def test_every_flag_is_read_by_a_run_and_reaches_what_it_is_for(hub, photos, tmp
     data = "--dataset_name name --dataset_config_name config --dataset_split split --image_column image"
     data += " --category_column kind --label_column label --category a b --cache_dir cache"
     flags = "--push_to_hub --hub_model_id user/rad --hub_token hf_user --backbone net --feature_stride 8"
-    flags += " --no-standardise_channels --context 0.5 --gaussian_channels 12"
+    flags += " --no-standardise_channels --context 0.5 --gaussian_size 4 --gaussian_channels 12"
     flags += " --map_weights 1 2 3 4 5 --image_weights 6 5 4 3 2 1"
     args = [*data.split(), "--output_dir", tmp_path / "model", *SMALL, *flags.split(), "--max_train_steps", "1"]
     run(*args, "--skip_unreadable", namespace=Watched)
@@ -498,7 +498,7 @@ def test_every_flag_is_read_by_a_run_and_reaches_what_it_is_for(hub, photos, tmp
     assert (pipeline.feature_extractor.channel_std == 1).all() and not pipeline.feature_extractor.channel_mean.any()
     config = pipeline.normality.config
     names = ["pixel", "feature", "residual", "mahalanobis", "discriminator"]
-    assert config.context == 0.5 and config.gaussian_channels == 12
+    assert config.context == 0.5 and (config.gaussian_size, config.gaussian_channels) == (4, 12)
     assert config.weights == dict(zip(names, (1, 2, 3, 4, 5), strict=True))
     assert config.image_weights == dict(zip([*names, "global"], (6, 5, 4, 3, 2, 1), strict=True))
 
