@@ -9,6 +9,7 @@ import compare
 import pytest
 import suite
 import train
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from rad.data.synthetic import write_synthetic
@@ -30,9 +31,11 @@ def at_once(monkeypatch):
     """Trainings run in this process and measurements in threads, which need not import the libraries again."""
 
     def run(command):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of another test's precision
         try:
             train.main(train.parse_args(command[2:]))
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            print(error)
             return SimpleNamespace(returncode=1)
         return SimpleNamespace(returncode=0)
 
