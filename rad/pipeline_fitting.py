@@ -201,7 +201,7 @@ def defect_sources(names: Sequence[str], num_scored: int) -> list[int]:
 def mirror_sources(names: Sequence[str]) -> set[int]:
     """Which images also count mirrored: of each category at most `MIRRORED_IMAGES`, picked at random."""
     rng = np.random.default_rng(0)
-    members = ([i for i, name in enumerate(names) if name == category] for category in sorted(set(names)))
+    members = (scored_of(name, names, len(names)) for name in sorted(set(names)))
     return {int(i) for own in members for i in rng.permutation(own)[:MIRRORED_IMAGES]}
 
 

@@ -16,7 +16,6 @@ from ..pipeline_output import Decision, find_regions, stack_maps
 from .evidence import FUSED, GLOBAL, SCORE_TYPES
 
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
-
 TAIL_SIZE = 6  # good images that the mean excess in the tail is taken from at least, where there are twice as many
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}  # what timm's plain ViTs are told to take any
+
 
 class RADFeatureExtractor(ModelMixin, ConfigMixin):
     """A frozen timm backbone read at several strides, resized to one grid and concatenated (RAN, section 3.3).
@@ -173,7 +175,7 @@ class RADFeatureExtractor(ModelMixin, ConfigMixin):
 def _takes_any_size(backbone: str) -> bool:
     """Whether a backbone of one input size can be told to take any, as timm's plain ViTs can."""
     try:
-        timm.create_model(backbone, dynamic_img_size=True, dynamic_img_pad=True)
+        timm.create_model(backbone, **ANY_SIZE)
     except TypeError:
         return False
     return True
@@ -181,16 +183,17 @@ def _takes_any_size(backbone: str) -> bool:
 
 def _create(backbone: str, out_indices: Iterable[int], image_size: int | None, pretrained: bool = False) -> Any:
     """timm's network that gives these stages."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": tuple(out_indices)}
     if image_size:
-        options = {"img_size": image_size}
-    elif timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
-        if not _takes_any_size(backbone):
-            raise ValueError(f"The backbone {backbone} takes images of one size alone: say by image_size which.")
-        options = {"dynamic_img_size": True, "dynamic_img_pad": True}
-    return timm.create_model(
-        backbone, pretrained=pretrained, features_only=True, out_indices=tuple(out_indices), **options
-    )
+        return timm.create_model(backbone, img_size=image_size, **options)
+    if not timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
+        return timm.create_model(backbone, **options)
+    try:
+        return timm.create_model(backbone, **ANY_SIZE, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"The backbone {backbone} takes images of one size alone: say by image_size which."
+        ) from error
 
 
 def _mean_and_std(stage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
