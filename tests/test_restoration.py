@@ -122,7 +122,7 @@ def test_what_comes_out_is_inspected_as_any_image(pipeline, good_images):
     restored = pipeline.restore([with_spot(good_images[0]), good_images[1]], num_steps=5, false_alarm_rate=0.2)
     again = pipeline([steps[-1] for steps in restored.intermediates], false_alarm_rate=0.2)
     # Tiny p-values magnify rounding
-    np.testing.assert_allclose(np.log(restored.p_value), np.log(again.p_value), rtol=0.01, atol=0.05)
+    np.testing.assert_allclose(np.log(restored.p_value), np.log(again.p_value), rtol=0.003)
     assert np.array_equal(restored.is_anomalous, restored.p_value <= 0.2)
 
 
