@@ -76,6 +76,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help="Share of images with a pasted defect to remove with the noise; 0.5, or 0 where the noise is predicted.",
     )
     add(
+        "--camera_prob",
+        type=fraction,
+        help="Share of images seen through another camera (exposure, focus, noise, compression); 0.25, or 0 likewise.",
+    )
+    add(
         "--label_dropout",
         type=fraction,
         default=0.1,

@@ -19,6 +19,7 @@ def fit_discriminator(
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    camera_prob: float = 0.25,
 ) -> RADPipeline:
     """Trains a pipeline's discriminator, or a new one if it has none, in place.
 
@@ -30,6 +31,7 @@ def fit_discriminator(
         categories: Category of each, by default one for all; texture is pasted within a category.
         num_steps, batch_size, learning_rate: Of the training.
         seed: Of weights and defects.
+        camera_prob: Share of the images that are seen through another camera.
 
     Returns:
         The pipeline.
@@ -54,7 +56,7 @@ def fit_discriminator(
     discriminator, bf16 = pipeline.discriminator.requires_grad_(True), computes_bf16(device)
 
     def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        for x_0, mask in artificial_batches(pixels, categories, batch_size, seed):
+        for x_0, mask in artificial_batches(pixels, categories, batch_size, seed, camera_prob):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 stages = [stage.float() for stage in extractor.stages(x_0.to(device))]
             side = stages[-len(discriminator.config.stage_channels)].shape[-1]

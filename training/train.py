@@ -172,16 +172,17 @@ def train_unet(
         random_flip=args.random_flip,
     )
     labels = [categories.index(dataset.samples[i].category) if categories else 0 for i in range(len(dataset))]
-    if args.paste_prob is None:  # a network that predicts noise would have to predict large ones
-        args.paste_prob = 0.0 if scheduler.config.prediction_type == "epsilon" else 0.5
-    training_images = TrainingImages(dataset, train, labels, processor, decoded, args.paste_prob)
+    predicts_noise = scheduler.config.prediction_type == "epsilon"  # it would have to predict large ones of a defect
+    args.paste_prob = (0.0 if predicts_noise else 0.5) if args.paste_prob is None else args.paste_prob
+    args.camera_prob = (0.0 if predicts_noise else 0.25) if args.camera_prob is None else args.camera_prob
+    training_images = TrainingImages(dataset, train, labels, processor, decoded, args.paste_prob, args.camera_prob)
     if args.standardise_channels and not args.pretrained_model_name_or_path:
         extractor.fit(chunk.to(device) for chunk in training_images.chunks())
     if pipeline.unet.wiener_filter is not None:
         pipeline.unet.wiener_filter.fit(training_images.chunks(), scheduler.full_chain.alphas_cumprod)
     # Features are computed once where batches hold whole images as they are, else in each batch's own pass
     cropped = args.crop_prob > 0 and args.crop_size < args.resolution
-    augmented = cropped or args.rotation * args.rotation_prob > 0 or args.random_flip
+    augmented = cropped or args.rotation * args.rotation_prob + args.camera_prob > 0 or args.random_flip
     cached_features = None
     if not augmented and args.cache_images:
         with torch.no_grad():
@@ -390,7 +391,9 @@ def main(args: argparse.Namespace) -> None:
         pipeline.set_progress_bar_config(desc="Training the discriminator", disable=not show_progress)
         start, names = time.monotonic(), [category[i] for i in train]
         good = [processor.resize(image[i])[0] for i in train]
-        fit_discriminator(pipeline, good, names, args.discriminator_steps, seed=args.seed)
+        fit_discriminator(
+            pipeline, good, names, args.discriminator_steps, seed=args.seed, camera_prob=args.camera_prob
+        )
         for tensor in pipeline.discriminator.state_dict().values():  # GPUs do not round alike
             broadcast(tensor)
         logger.info(f"Trained the discriminator in {(time.monotonic() - start) / 60:.1f} minutes.")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
 from ..image_processor import RADImageProcessor, to_input
+from .camera import through_another_camera
 from .dataset import AnomalyDataset
 from .pasting import paste_defects
 
@@ -143,6 +144,7 @@ class TrainingImages(Dataset):
         decoded: Images [3, S, S], uint8 or float in [0, 1], by index of the data set; those that are not in it are
             decoded when asked for.
         paste_prob: Share of the images that get a defect (RAN: 0).
+        camera_prob: Share of the images that are seen through another camera (RAN: 0).
     """
 
     def __init__(
@@ -153,9 +155,11 @@ class TrainingImages(Dataset):
         processor: RADImageProcessor,
         decoded: Mapping[int, torch.Tensor],
         paste_prob: float = 0.0,
+        camera_prob: float = 0.0,
     ) -> None:
         self.dataset, self.indices, self.labels = dataset, indices, labels
-        self.processor, self.decoded, self.paste_prob = processor, decoded, paste_prob
+        self.processor, self.decoded = processor, decoded
+        self.paste_prob, self.camera_prob = paste_prob, camera_prob
         self.members: dict[int, list[int]] = defaultdict(list)
         for position, index in enumerate(indices):
             self.members[labels[index]].append(position)
@@ -166,7 +170,10 @@ class TrainingImages(Dataset):
     def __getitem__(self, draw: Draw) -> Item:
         label, rng = self.labels[self.indices[draw.index]], np.random.default_rng(draw.seed)
         other = self._image(rng.choice(self.members[label])) if rng.random() < self.paste_prob else None
-        return Item(self._image(draw.index), label, draw, other)
+        image, rng = self._image(draw.index), np.random.default_rng([draw.seed, 2])
+        if rng.random() < self.camera_prob:
+            image = (through_another_camera(to_input(image), rng) + 1) / 2
+        return Item(image, label, draw, other)
 
     def _image(self, position: int) -> torch.Tensor:
         index = self.indices[position]

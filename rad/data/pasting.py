@@ -13,15 +13,18 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
+from .camera import change_camera
+
 
 def artificial_batches(
-    images: list[np.ndarray], categories: list[str], batch_size: int, seed: int
+    images: list[np.ndarray], categories: list[str], batch_size: int, seed: int, camera_prob: float = 0.0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of good images, most with artificial defects; the n-th depends on the seed and n alone.
 
     Args:
         images: Good images, [S, S, 3] each, uint8 or float in [0, 1].
         categories: Of each image; textures are pasted within one.
+        camera_prob: Share of the images that are seen through another camera, defects and all.
 
     Yields:
         Images [B, 3, S, S] in [-1, 1] and masks [B, S, S], 1 on defects.
@@ -41,6 +44,8 @@ def artificial_batches(
             image, mask = image.clip(0, 255), np.zeros(image.shape[:2], bool)
             if rng.random() < 0.85:
                 image, mask = paste_defects(image, other, rng)
+            if rng.random() < camera_prob:
+                image = change_camera(image, rng)
             batch.append((image.transpose(2, 0, 1), mask))
         pictures, masks = (np.stack(part).astype(np.float32) for part in zip(*batch, strict=True))
         yield torch.from_numpy(pictures) / 127.5 - 1, torch.from_numpy(masks)
