@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .data.camera import through_another_camera
 from .data.twins import defective_twins
 from .image_processor import RADImageProcessor, find_pixel_range
 from .image_reader import PipelineImageInput, peak
-from .models.fitting import Mirrored
+from .models.fitting import Mirrored, Views
 from .models.fusion import KINDS, Twins
 from .models.gaussian import MIN_GOOD, MIRRORED_IMAGES, check_counts, num_folds
 from .models.normality import NormalityModel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import accelerate  # not a plain import line: diffusers demands what those in a repository's code name
 
 MAX_SOURCES = 48  # good images that get defects
+MAX_VIEWED = 200  # that are also seen through another camera
 
 
 class RADFittingMixin:
@@ -120,13 +122,18 @@ class RADFittingMixin:
         normality = NormalityModel(**config | {"pixel_range": pixel_range, "darkest_peak": darkest})
         processor = RADImageProcessor(self.config.resolution, pixel_range, darkest)
 
-        # 3. Look at it, keeping no more than the Gaussians and the maps need; rows of images with defects come last
+        # 3. Look at it, keeping no more than the Gaussians and the maps need; rows of views and then of images with
+        # defects come last
         chosen = [name for name in ("weights", "image_weights") if name not in config]
         num_scored = len(held_out) or len(good)
-        sources = defect_sources(names, num_scored)
+        sources = spread(names, num_scored, MAX_SOURCES)
         own_sources = [(number, i) for number, i in enumerate(sources) if i % world == rank]
-        num_twins = len(KINDS) * len(own_sources)
-        features = torch.empty(len(own) + num_twins, self.feature_extractor.num_channels, size, size, dtype=torch.half)
+        viewed = spread(names, num_scored, MAX_VIEWED)
+        own_viewed = [(number, i) for number, i in enumerate(viewed) if i % world == rank]
+        num_looks, num_twins = len(own) + len(own_viewed), len(KINDS) * len(own_sources)
+        features = torch.empty(
+            num_looks + num_twins, self.feature_extractor.num_channels, size, size, dtype=torch.half
+        )
         residuals = torch.empty(*features.shape[:2], size // 2, size // 2, dtype=torch.half)
         summaries = torch.empty(len(features), self.feature_extractor.num_summaries)
         num_maps = 3 * len(timesteps) + config["discriminator"]
@@ -152,7 +159,9 @@ class RADFittingMixin:
                 look(x_0, own_names[batch], batch.start)
                 for place, x in enumerate(x_0, batch.start):
                     if place * world + rank in to_mirror:
-                        views = self.feature_extractor(mirror(x).to(self._execution_device))
+                        rng = np.random.default_rng([2, place * world + rank])
+                        turned = torch.stack([through_another_camera(one, rng) for one in mirror(x)])
+                        views = self.feature_extractor(turned.to(self._execution_device))
                         copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
                         copied += [place] * len(views)
                 progress.update(len(x_0))
@@ -163,7 +172,14 @@ class RADFittingMixin:
                     stacklevel=3,
                 )
 
-            # 4. Look at some again, with defects on them
+            # 4. Look at some again, through another camera, and with defects on them
+            for batch in batches(len(own_viewed), batch_size):
+                picked = own_viewed[batch]
+                x_0, _ = processor.preprocess([(good + held_out)[i] for _, i in picked])
+                rngs = (np.random.default_rng([1, number]) for number, _ in picked)
+                x_0 = torch.stack([through_another_camera(x, rng) for x, rng in zip(x_0, rngs, strict=True)])
+                look(x_0, [names[i] for _, i in picked], len(own) + batch.start)
+                progress.update(len(x_0))
             for place, (number, i) in enumerate(own_sources):
                 other = texture_of(i, names, num_scored)
                 (x_0, texture), _ = processor.preprocess([(good + held_out)[j] for j in (i, other)])
@@ -171,7 +187,7 @@ class RADFittingMixin:
                 start = len(KINDS) * place
                 masks[start : start + len(KINDS)] = F.adaptive_avg_pool2d(mask, map_size)
                 for part in batches(len(x_0), batch_size):
-                    look(x_0[part], [names[i]] * len(x_0[part]), len(own) + start + part.start)
+                    look(x_0[part], [names[i]] * len(x_0[part]), num_looks + start + part.start)
                 progress.update(len(x_0))
 
         # 5. Fit
@@ -179,20 +195,23 @@ class RADFittingMixin:
         places = [i // world for _, i in own_sources for _ in KINDS]
         twins = Twins(masks, places, numbers, len(KINDS) * len(sources))
         labels = [known.index(name) for name in names]
-        mirrored = Mirrored(torch.cat(copies), copied)
-        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen, mirrored)
+        more = {
+            "mirrored": Mirrored(torch.cat(copies), copied),
+            "views": Views([i // world for _, i in own_viewed], [number for number, _ in own_viewed], len(viewed)),
+        }
+        normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen, **more)
         normality.half().float()  # saved in half precision: what is used is what is saved
         self.register_modules(normality=normality.to(self._execution_device))
         return self
 
 
-def defect_sources(names: Sequence[str], num_scored: int) -> list[int]:
-    """Which images get defects: of the last `num_scored`, in turn of each category as many, evenly spread."""
+def spread(names: Sequence[str], num_scored: int, most: int) -> list[int]:
+    """Some of the last `num_scored` images, in turn of each category as many, evenly spread."""
     members = [scored_of(name, names, num_scored) for name in sorted(set(names))]
     counts = [0] * len(members)
-    while sum(counts) < min(MAX_SOURCES, num_scored):
+    while sum(counts) < min(most, num_scored):
         for k, own in enumerate(members):
-            if counts[k] < len(own) and sum(counts) < MAX_SOURCES:
+            if counts[k] < len(own) and sum(counts) < most:
                 counts[k] += 1
     picked = [np.linspace(0, len(own) - 1, count).round() for own, count in zip(members, counts, strict=True)]
     return sorted(own[int(i)] for own, places in zip(members, picked, strict=True) for i in places)

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from scipy.ndimage import label
 
 from rad import RADPipeline, RADScheduler, RADUNet2DModel
+from rad.data.camera import through_another_camera
 from rad.image_processor import resize_map, to_pil
 from rad.models.evidence import SCORE_TYPES
-from rad.pipeline_fitting import defect_sources, mirror, mirror_sources, texture_of, with_defects
+from rad.pipeline_fitting import mirror, mirror_sources, spread, texture_of, with_defects
 from rad.pipeline_output import find_regions
 from rad.scheduler_rad import antithetic_noise
 
@@ -418,12 +419,12 @@ def test_defects_for_the_choice_leave_the_rest_of_the_picture_as_it_is():
 
 
 def test_defects_are_put_on_scored_images_of_each_category_evenly():
-    assert defect_sources(["a"] * 10, 4) == [6, 7, 8, 9]
-    many = defect_sources(["a"] * 1000, 500)
+    assert spread(["a"] * 10, 4, 48) == [6, 7, 8, 9]
+    many = spread(["a"] * 1000, 500, 48)
     assert len(many) == len(set(many)) == 48 and many[0] == 500 and many[-1] == 999
-    few_of_one = defect_sources(["a"] * 1000 + ["b"] * 5, 1005)
+    few_of_one = spread(["a"] * 1000 + ["b"] * 5, 1005, 48)
     assert len(few_of_one) == 48 and sum(i >= 1000 for i in few_of_one) == 5
-    assert len(defect_sources([str(i // 2) for i in range(200)], 200)) == 48
+    assert len(spread([str(i // 2) for i in range(200)], 200, 48)) == 48
 
 
 def test_texture_comes_from_the_same_category_and_fold():
@@ -445,17 +446,21 @@ def test_some_images_of_each_category_are_mirrored_in_three_ways():
     assert [view[0, 0, 0].item() for view in views] == [3, 8, 11] and views.shape == (3, 1, 3, 4)
 
 
-def test_mirrored_copies_enter_the_fit(small_pipeline_without_normality, good_images):
-    """The mean of features is that of the images and, as 20 images, of their copies."""
+def test_mirrored_copies_and_views_enter_the_fit(small_pipeline_without_normality, good_images):
+    """The mean of features is that of six images, of their six views through another camera, and, as 20 images, of
+    their mirrored copies, these through another camera too."""
     pipeline = small_pipeline_without_normality
     pipeline.fit_normality(good_images[:6])
     x_0, _ = pipeline.image_processor.preprocess(good_images[:6])
+    views = [through_another_camera(x, np.random.default_rng([1, i])) for i, x in enumerate(x_0)]
+    rngs = [np.random.default_rng([2, i]) for i in range(6)]
+    copies = [through_another_camera(one, rng) for x, rng in zip(x_0, rngs, strict=True) for one in mirror(x)]
     with torch.no_grad():
-        own, copies = (pipeline.feature_extractor(x) for x in (x_0, torch.cat([mirror(x) for x in x_0])))
-        own, copies = (pipeline.normality.project(x) for x in (own, copies))
-    expected = (6 * own.mean(0) + 20 * copies.mean(0)) / 26
+        parts = [pipeline.feature_extractor(x) for x in (x_0, torch.stack(views), torch.stack(copies))]
+        own, views, copies = (pipeline.normality.project(x).mean(0) for x in parts)
+    expected = (6 * own + 6 * views + 20 * copies) / 32
     torch.testing.assert_close(pipeline.normality.feature_mean[0], expected, rtol=1e-2, atol=1e-2)
-    assert not torch.allclose(pipeline.normality.feature_mean[0], own.mean(0), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(pipeline.normality.feature_mean[0], own, rtol=1e-2, atol=1e-2)
 
 
 def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):

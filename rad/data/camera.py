@@ -37,7 +37,7 @@ def change_camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = gaussian_filter(image, (blur, blur, 0))
     if rng.random() < 0.5:
         image = image + rng.normal(0, noise, image.shape)
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         image = image + _compression(image, "WEBP" if rng.random() < 0.25 else "JPEG", int(rng.integers(*QUALITY)))
     return np.broadcast_to(image.clip(0, 255), (side, side, 3)).astype(np.float32)
 

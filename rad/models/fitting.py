@@ -13,6 +13,8 @@ from .fusion import Look, Twins, choose_weights, count_found
 from .gaussian import (
     MAX_SUMMARIES,
     MIN_SCORED,
+    MIRRORED_IMAGES,
+    VIEW_IMAGES,
     Moments,
     Reduce,
     check_counts,
@@ -39,6 +41,21 @@ class Mirrored:
     sources: list[int]
 
 
+@dataclass(frozen=True)
+class Views:
+    """Scored good images through another camera, M in this process.
+
+    Attributes:
+        sources: Of each, the place in this process's share of the image that it is a view of.
+        numbers: Of each, among all processes' views.
+        total: Of all processes' views.
+    """
+
+    sources: list[int]
+    numbers: list[int]
+    total: int
+
+
 class FittingMixin:
     """The fit of a `NormalityModel`, to its buffers and its configuration."""
 
@@ -56,6 +73,7 @@ class FittingMixin:
         twins: Twins | None = None,
         chosen: Sequence[str] = ("weights", "image_weights"),
         mirrored: Mirrored | None = None,
+        views: Views | None = None,
     ) -> Any:
         """Fits on good images, in place; every score that enters a threshold is held out of Gaussians and units.
 
@@ -64,7 +82,8 @@ class FittingMixin:
         the network's training as well, their scores are those of fresh images.
 
         Twins, scored images with a defect, are judged as their good ones are, by Gaussians and units of the other
-        folds. By both the weights are chosen, a few numbers for all images; twins enter nothing else.
+        folds. By both the weights are chosen, a few numbers for all images; twins enter nothing else. Views serve
+        Gaussians and units as their images do, and thresholds rest on the odder one of the two.
 
         Everything is made of sums over images, so that several processes can fit together: each holds the features and
         maps of its own share alone, and all end with the same model.
@@ -72,7 +91,7 @@ class FittingMixin:
         Args:
             features: The extractor's on this share of the images, [n, feature_channels, h, w], any float type. Both
                 may have been averaged down to their Gaussian's grid, if `gaussian_size` is given. Of all four, rows of
-                twins follow.
+                views and then of twins follow.
             residuals: What their prediction leaves, likewise.
             summaries: The extractor's, of the same images, [n, D].
             labels: Class label of each image of all shares, [N].
@@ -85,6 +104,7 @@ class FittingMixin:
             chosen: Which weights are chosen.
             mirrored: Copies of images in this share, some of each category, that serve the features' Gaussian too;
                 every process gives some or none does.
+            views: Through another camera, of scored images in this share; on all processes or on none.
 
         Returns:
             Itself.
@@ -93,8 +113,9 @@ class FittingMixin:
             ValueError: A category has fewer scored images, or statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
-        num_twins = 0 if twins is None else len(twins.sources)
-        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps) - num_twins)))
+        views, num_twins = views or Views([], [], 0), 0 if twins is None else len(twins.sources)
+        num_extra = len(views.sources) + num_twins
+        label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps) - num_extra)))
         check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
         place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
         fold_of, counts = torch.full_like(label_of, -1), []
@@ -107,13 +128,17 @@ class FittingMixin:
 
         # 2. The Gaussian of whole images
         summaries = pick(summaries, self.config.num_summaries)
-        everyone = torch.zeros(len(labels), summaries.shape[1], dtype=torch.float64)
-        everyone[share] = summaries[: len(summaries) - num_twins].double()
-        everyone, of_all = reduce(everyone), (label_of, fold_of)
-        label_of, place, fold_of = label_of[share], place[share], fold_of[share]
-        is_good = torch.arange(len(features)) < len(label_of)
-        if twins is not None:  # in the fold of the image that each was
-            label_of, fold_of, place = (torch.cat([of, of[twins.sources]]) for of in (label_of, fold_of, place))
+        shown = torch.arange(len(labels))[share]
+        of_own = torch.stack([label_of, fold_of, place], dim=1)[shown]
+        of_own = torch.cat([of_own, of_own[views.sources], of_own[twins.sources if twins else []]])
+        kind = torch.arange(3).repeat_interleave(torch.tensor([len(shown), len(views.sources), num_twins]))
+        is_good, is_view, is_twin = (kind == k for k in range(3))
+        good_rows = torch.cat([shown, len(labels) + torch.tensor(views.numbers, dtype=torch.long)])
+        everyone = torch.zeros(len(labels) + views.total, summaries.shape[1], dtype=torch.float64)
+        of_all = torch.zeros(len(everyone), 2, dtype=torch.long)
+        everyone[good_rows], of_all[good_rows] = summaries[~is_twin].double(), of_own[~is_twin, :2]
+        everyone, of_all = reduce(everyone), reduce(of_all).unbind(1)
+        label_of, fold_of, place = of_own.unbind(1)
         gaussian, distance = fit_held_out_summaries(everyone, *of_all, summaries.double(), label_of, fold_of)
         for buffer, value in zip(("global_mean", "global_std"), gaussian, strict=False):
             self.get_buffer(buffer).copy_(value)
@@ -126,15 +151,16 @@ class FittingMixin:
         outlying = z.new_zeros(len(z))
         for label, count in enumerate(counts):
             mine, folds = (label_of == label).nonzero().flatten(), range(num_folds(count))
-            fold, good, held = fold_of[mine], is_good[mine], scored[mine]
-            grids = []
+            fold, good, view, held = fold_of[mine], is_good[mine], is_view[mine], scored[mine]
+            num_views, grids = int((of_all[0][len(labels) :] == label).sum()), []
             for kind, looks in (("residual", residuals), ("feature", features)):
                 x = torch.cat([self.project(looks[chunk], kind) for chunk in mine.split(64)])
-                copies = None
+                more = [(x[view], fold[view], min(VIEW_IMAGES, num_views))]
                 if kind == "feature" and mirrored is not None:
                     of = label_of[mirrored.sources] == label
                     copies = self.project(mirrored.features[of]), fold_of[mirrored.sources][of]
-                (mean, whitening), grid = fit_held_out_gaussian(x, fold, good, folds, block, reduce, copies)
+                    more.append((*copies, MIRRORED_IMAGES))
+                (mean, whitening), grid = fit_held_out_gaussian(x, fold, good, folds, block, reduce, more)
                 self.get_buffer(f"{kind}_mean")[label] = mean
                 self.get_buffer(f"{kind}_whitening")[label] = pack_triangle(whitening)
                 grids.append(grid)
@@ -145,27 +171,37 @@ class FittingMixin:
             raw = torch.cat([raw_maps[own].float(), *(to_grid(grid[held], size) for grid in grids)], dim=1)
             alike = {"discriminator"} if block > 2 else {"discriminator", "residual", "mahalanobis"}
             positioned = [name not in alike for name, span in self.channels.items() for _ in range(raw.shape[1])[span]]
-            *deviation, z[own] = fit_held_out_deviation(raw, fold[held], good[held], folds, positioned, reduce)
+            usual = (good | view)[held]
+            *deviation, z[own] = fit_held_out_deviation(raw, fold[held], usual, folds, positioned, reduce)
             self.location[label], self.scale[label] = deviation
             # Unit deviation for each combined map, and for how odd an image is as a whole
-            combined = self._combine(z[own[good[held]]], raw.new_ones(1, len(self.score_types)))
+            combined = self._combine(z[own[usual]], raw.new_ones(1, len(self.score_types)))
             parts = torch.stack([combined[name].flatten() for name in self.score_types[1:]], dim=1)
             self.map_scale[label, 1:] = Moments.of(parts, reduce).mean_and_std()[1]
-            mean, std = Moments.of(distance[mine][held & good].float(), reduce).mean_and_std()
+            mean, std = Moments.of(distance[mine][held][usual].float(), reduce).mean_and_std()
             outlying[own] = ((distance[mine][held] - mean) / std.clamp_min(1e-3)).float()
 
         # 4. What to judge by
         row_label, row_good, row_fold = label_of[scored], is_good[scored], fold_of[scored]
+        is_twin = is_twin[scored]
         if twins is not None:
             broken = reduce((~torch.stack([z.isfinite().all(), outlying.isfinite().all()])).long())
             if broken.any():
                 raise ValueError("These good images give no finite statistics (maps): give other ones.")
-            before, after = (
+            before, seen, after = (
                 Look(self._combine(z[of], self.map_scale[row_label[of]]), outlying[of])
-                for of in (rows[torch.tensor(twins.sources, dtype=torch.long)], (~row_good).nonzero().flatten())
+                for of in (
+                    rows[torch.tensor(twins.sources, dtype=torch.long)],
+                    is_view[scored].nonzero().flatten(),
+                    is_twin.nonzero().flatten(),
+                )
             )
             priors = {name: self._asked[name] for name in chosen}
-            self.register_to_config(**choose_weights(before, after, twins, priors, self._top_mean, reduce))
+            self.register_to_config(
+                **choose_weights(
+                    before, after, twins, priors, self._top_mean, reduce, (seen, views.numbers, views.total)
+                )
+            )
 
         # 5. Unit deviation of the fused map and of image scores
         names = self.score_types
@@ -182,12 +218,16 @@ class FittingMixin:
             whole = distance[scored][mine].float()
             values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
             folds = range(num_folds(count))
-            *units, held = fit_held_out_scores(torch.stack(values, dim=1), row_fold[mine], good, folds, reduce)
+            view = is_view[scored][mine]
+            values = torch.stack(values, dim=1)
+            *units, held = fit_held_out_scores(values, row_fold[mine], good | view, folds, reduce)
             self.score_location[label], self.score_scale[label] = units
-            places = place[scored][mine[good]]
-            maps[:, places] = torch.stack([combined[name][good] for name in names])
-            scores[:, places] = held[good].T
             fused_scores[mine] = held[:, 0]
+            found, places = torch.stack([combined[name] for name in names]), place[scored][mine]
+            maps[:, places[good]], scores[:, places[good]] = found[:, good], held[good].T
+            # An image that has a view counts as the odder one of the two
+            maps[:, places[view]] = maps[:, places[view]].maximum(found[:, view])
+            scores[:, places[view]] = scores[:, places[view]].maximum(held[view].T)
 
         # 6. Scores and pixels of held-out good images, pooled over the categories whose units they share
         self.good_scores.copy_(reduce(scores).sort().values)
@@ -195,7 +235,7 @@ class FittingMixin:
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
         if twins is not None:
-            p_value = p_values(fused_scores[~row_good], self.good_scores[0].double())
+            p_value = p_values(fused_scores[is_twin], self.good_scores[0].double())
             self.register_to_config(found=count_found(p_value, twins, reduce))
         if dead := [name for name, buffer in self.named_buffers() if not buffer.isfinite().all()]:
             raise ValueError(f"These good images give no finite statistics ({', '.join(dead)}): give other ones.")

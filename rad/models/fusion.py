@@ -60,6 +60,11 @@ class Look:
         maps = {name: _gather(values, numbers, total, reduce) for name, values in self.maps.items()}
         return Look(maps, _gather(self.outlying, numbers, total, reduce))
 
+    def plus(self, other: "Look") -> "Look":
+        """These images and the others."""
+        maps = {name: torch.cat([values, other.maps[name]]) for name, values in self.maps.items()}
+        return Look(maps, torch.cat([self.outlying, other.outlying]))
+
     def pick(self, of: torch.Tensor) -> "Look":
         """Some of the images."""
         return Look({name: values[of] for name, values in self.maps.items()}, self.outlying[of])
@@ -72,6 +77,7 @@ def choose_weights(
     priors: Mapping[str, Mapping[str, float]],
     top_mean: Callable[[torch.Tensor], torch.Tensor],
     reduce: Reduce,
+    views: tuple[Look, list[int], int] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Weights by which a product's own good images are best told from the same images with defects.
 
@@ -89,6 +95,8 @@ def choose_weights(
         priors: "weights" and "image_weights", as far as they are to be chosen: where the search starts.
         top_mean: What the image score takes of a map, [N, h, w] to [N].
         reduce: Sums a tensor over processes.
+        views: Good images through another camera, which are to be told from defects as well: those of this process,
+            their numbers among all processes', and how many those are.
 
     Returns:
         Weights in the place of the priors; the priors where there are fewer than `MIN_TWINS` twins.
@@ -107,6 +115,10 @@ def choose_weights(
     least = masks.flatten(1).amax(1).view(-1, 1, 1) / 2  # a thin scratch covers no position
     defective = masks > least.clamp_max(COVERED)
     pairs = [(bad.pick(kind), defective[kind].flatten(1).numpy()) for kind in kinds if len(kind)]
+
+    num_good = len(good.outlying)
+    if views is not None:
+        good = good.plus(views[0].gather(*views[1:], reduce))
 
     # 2. How well weights do; what spills over a defect's edge counts as false
     def of_map(weights: Mapping[str, float]) -> float:
@@ -139,7 +151,7 @@ def choose_weights(
     for argument, prior in priors.items():
         names = [name for name in (*good.maps, GLOBAL) if name in prior]
         start = np.array([prior[name] for name in names], float)
-        pull = PULL[argument] / len(good.outlying)
+        pull = PULL[argument] / num_good
         best = climb(of_map if argument == "weights" else of_image, names, start, pull)
         chosen[argument] = {**dict.fromkeys(prior, 0.0), **dict(zip(names, best.tolist(), strict=True))}
     return chosen

@@ -17,6 +17,7 @@ MIN_SCORED = 2  # what a deviation needs
 MIN_GOOD = 5  # of fewer each is judged by so few others that nothing bad stands out
 PRIOR_IMAGES = 10  # weight of statistics over all positions in those of one position
 MIRRORED_IMAGES = 20  # weight of all mirrored copies in the features' Gaussian: of few images they tell much
+VIEW_IMAGES = 20  # weight of all views through another camera, or as much as there are
 MAX_SUMMARIES = 2048  # numbers of whole images; their covariance has as many squared
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
@@ -141,26 +142,27 @@ def fit_held_out_gaussian(
     folds: range,
     block: int,
     reduce: Reduce,
-    copies: tuple[torch.Tensor, torch.Tensor] | None = None,
+    more: Sequence[tuple[torch.Tensor, torch.Tensor, float]] = (),
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The Gaussian of features [N, P, g, g], as from `fit_gaussian`, and held-out distances [N, g, g]. Mirrored copies
-    of good images, [M, P, g, g], and the fold of each count as much as `MIRRORED_IMAGES` images."""
+    """The Gaussian of features [N, P, g, g], as from `fit_gaussian`, and held-out distances [N, g, g]. More looks at
+    good images, [M, P, g, g] with the fold of each, count as much as the number of images that is given with them."""
 
-    def moments(k: int | None = None) -> Moments:
-        """Of good images of all folds but one."""
-        rest = total if k is None else total.less(Moments.of(x[good & (fold == k)], reduce, block))
-        if copies is None:
-            return rest
-        own = mirrored if k is None else mirrored.less(Moments.of(copies[0][copies[1] == k], reduce, block))
-        return rest.plus(own, MIRRORED_IMAGES)
+    def of_folds_but(k: int | None) -> Moments:
+        parts = [
+            total if k is None else total.less(Moments.of(of[folds_of == k], reduce, block))
+            for total, (of, folds_of, _) in zip(totals, looks, strict=True)
+        ]
+        rest = parts[0]
+        for part, (_, _, weight) in zip(parts[1:], looks[1:], strict=True):
+            rest = rest.plus(part, weight)
+        return rest
 
-    total, distances = Moments.of(x[good], reduce, block), x.new_empty(len(x), *x.shape[-2:])
-    if copies is not None:
-        mirrored = Moments.of(copies[0], reduce, block)
+    looks = [(x[good], fold[good], 0.0), *more]
+    totals, distances = [Moments.of(of, reduce, block) for of, _, _ in looks], x.new_empty(len(x), *x.shape[-2:])
     for k in folds:
-        mean, whitening = fit_gaussian(moments(k))
+        mean, whitening = fit_gaussian(of_folds_but(k))
         distances[fold == k] = mahalanobis(x[fold == k] - mean, whitening)
-    return fit_gaussian(moments()), distances
+    return fit_gaussian(of_folds_but(None)), distances
 
 
 def fit_held_out_summaries(

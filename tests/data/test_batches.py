@@ -16,6 +16,7 @@ from rad.data.batches import (
     TrainingSampler,
     crop_and_rotate,
 )
+from rad.image_processor import to_input
 
 SAMPLER = {"num_images": 10, "resolution": 64, "crop_size": 32, "crop_prob": 0.5, "seed": 3}
 
@@ -63,11 +64,11 @@ def test_a_crop_larger_than_the_image_is_refused():
         TrainingSampler(10, 4, 64, 65, 0.5)
 
 
-def items(draws, paste_prob=0.0):
+def items(draws, paste_prob=0.0, camera_prob=0.0):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = [index % 3 for index in range(20)]
-    found = TrainingImages(None, list(range(20)), labels, None, dict(enumerate(images)), paste_prob)
+    found = TrainingImages(None, list(range(20)), labels, None, dict(enumerate(images)), paste_prob, camera_prob)
     return [found[draw] for draw in draws]
 
 
@@ -96,6 +97,17 @@ def test_the_share_of_unknown_labels_is_the_one_asked_for(share):
     collate = TrainingCollator(50, unknown_label=3, label_dropout=share)
     unknown = collate(items([Draw(i % 20, 1, i) for i in range(1000)]))["class_labels"] == 3
     assert abs(unknown.float().mean() - share) < 0.05 * (0 < share < 1) + 1e-9
+
+
+def test_the_share_of_images_seen_through_another_camera_is_the_one_asked_for():
+    draws = [Draw(i % 20, 16, i) for i in range(400)]
+    plain, found = items(draws), items(draws, camera_prob=0.3)
+    changed = np.array(
+        [not torch.equal(to_input(a.image), to_input(b.image)) for a, b in zip(plain, found, strict=True)]
+    )
+    assert 0.24 < changed.mean() < 0.36
+    again = items(draws[5:6], camera_prob=0.3)
+    assert torch.equal(again[0].image, found[5].image)
 
 
 def test_the_share_of_images_with_a_defect_is_the_one_asked_for():

@@ -20,7 +20,7 @@ from sklearn.covariance import LedoitWolf
 from rad import NormalityModel
 from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
-from rad.models.fitting import Mirrored
+from rad.models.fitting import Mirrored, Views
 from rad.models.gaussian import Moments, fit_gaussian, num_folds
 
 DIRECTIONS = 4
@@ -39,7 +39,9 @@ COUNT = 100
 def fit(features, residuals, raw_maps, labels=None, categories=("tile",), **config) -> NormalityModel:
     """On all images, or on the share and with the sums of one of several processes."""
     labels = [0] * len(features) if labels is None else labels
-    processes = {name: config.pop(name) for name in ("share", "reduce", "mirrored") if name in config}
+    processes = {name: config.pop(name) for name in ("share", "reduce", "mirrored", "views") if name in config}
+    if "views" in processes:  # their rows are the last ones
+        labels = labels[: len(labels) - len(processes["views"].sources)]
     discriminator = raw_maps.shape[1] > 3 * len(TIMESTEPS)
     model = NormalityModel(**CONFIG | {"discriminator": discriminator} | config)
     fitted = model.fit(features, residuals, summarise(features), labels, raw_maps, list(categories), **processes)
@@ -219,6 +221,47 @@ def test_a_mirrored_copy_is_held_out_with_its_image(fitted_on):
     alone = fit(*draws).good_scores[MAPS.index("mahalanobis"), -1]
     mirrored = fit(*draws, mirrored=Mirrored(draws[0][[3]], [3])).good_scores[MAPS.index("mahalanobis"), -1]
     assert mirrored > 0.9 * alone
+
+
+def viewed(draws, sources, changed=0.0):
+    """Good images, and rows of their views, which differ from them by `changed` in every feature and raw map."""
+    rows = [
+        torch.cat([part, part[sources] + change]) for part, change in zip(draws, (changed, 0, changed), strict=True)
+    ]
+    return rows, Views(sources, list(range(len(sources))), len(sources))
+
+
+def test_views_count_in_the_gaussians_as_often_as_they_are(fitted_on):
+    """As if they were images, up to twenty; nobody takes them for further images."""
+    draws = [part[:12] for part in fitted_on]
+    rows, views = viewed(draws, [0, 1, 2, 3], 0.5)
+    model, as_images = fit(*rows, views=views), fit(*rows)
+    assert model.config.num_scores == 12 and model.good_scores.shape[1] == 12
+    for kind in GRIDS:
+        torch.testing.assert_close(model.get_buffer(f"{kind}_mean"), as_images.get_buffer(f"{kind}_mean"))
+    torch.testing.assert_close(model.global_mean, as_images.global_mean)
+
+
+def test_a_view_is_held_out_with_its_image(fitted_on):
+    """Else an image would be judged by what saw it: here a view is the image itself, far from all others."""
+    draws = [part[:12].clone() for part in fitted_on]
+    draws[0][3] += 40
+    alone = fit(*draws).good_scores[MAPS.index("mahalanobis"), -1]
+    rows, views = viewed(draws, [3])
+    # Units know both: in those, one of two odd ones is less odd than a single one
+    assert fit(*rows, views=views).good_scores[MAPS.index("mahalanobis"), -1] > 0.5 * alone
+
+
+def test_thresholds_rest_on_the_odder_of_an_image_and_its_view(fitted_on):
+    """Views that are odd raise thresholds, so that others like them pass."""
+    draws = [part[:60] for part in fitted_on]
+    same, odd = (fit(*rows, views=views) for rows, views in (viewed(draws, list(range(60)), x) for x in (0, 3)))
+    fresh = GoodImages(seed=3).draw(200)
+    rates = [np.mean(model.p_value(score(model, *fresh)[1]["fused"]).numpy() <= 0.1) for model in (same, odd)]
+    assert rates[1] < 0.04 < rates[0]
+    changed = [part + change for part, change in zip(fresh, (3, 0, 3), strict=True)]
+    alarms = [np.mean(model.p_value(score(model, *changed)[1]["fused"]).numpy() <= 0.1) for model in (same, odd)]
+    assert alarms[1] < 0.2 < 0.9 < alarms[0]
 
 
 @pytest.mark.parametrize(("count", "folds"), [(5, 5), (12, 12), (20, 20), (60, 20), (99, 20), (100, 5), (700, 5)])
