@@ -40,12 +40,13 @@ class Decision:
     Attributes:
         p_value: [B] in (0, 1], how often a good image scores as high.
         is_anomalous: [B] bool, p_value <= false_alarm_rate.
-        mask: [B, H, W] bool, or a list of [H, W]: pixels above the pixel threshold; empty for images judged good.
+        mask: [B, H, W] bool, or a list of [H, W]: the regions that a good image would not have; empty for images
+            judged good.
         regions: For each image the connected regions of its mask, largest peak first.
         threshold: The image score at which the rate lies.
         interval: 95 % confidence interval of the rate that this threshold really has, wide where it rests on few good
             images.
-        pixel_threshold: The map value which that share of good images' pixels exceeds.
+        pixel_threshold: The map value which that share of good images' pixels exceeds: no region is below.
     """
 
     p_value: np.ndarray

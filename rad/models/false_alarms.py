@@ -1,7 +1,7 @@
 """Decisions with a stated false-alarm rate: what good images' scores and pixels say of a threshold.
 
-Functions of two buffers of `NormalityModel`: the sorted scores of N held-out good images, float64 [N], and the map
-values that their pixels exceed at the probabilities `TAIL`, [len(TAIL)].
+Functions of three buffers of `NormalityModel`: the sorted scores of N held-out good images and the sorted peaks of
+their maps, float64 [N] each, and the map values that their pixels exceed at the probabilities `TAIL`, [len(TAIL)].
 """
 
 import functools
@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.stats import binomtest
 
 from ..pipeline_output import Decision, find_regions, stack_maps
 from .evidence import FUSED, GLOBAL, SCORE_TYPES
 
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
+EDGE = 0.45  # of a defect's peak, down to which it reaches: what is blurred around it is lower
 TAIL_SIZE = 6  # good images that the mean excess in the tail is taken from at least, where there are twice as many
 
 
@@ -98,6 +100,7 @@ def decide(
     false_alarm_rate: float,
     good: torch.Tensor,
     quantiles: torch.Tensor,
+    peaks: torch.Tensor,
 ) -> Decision:
     """What to call B images at a false-alarm rate.
 
@@ -105,7 +108,7 @@ def decide(
         maps: Of the chosen score, [H, W] each.
         scores: [B], likewise.
         false_alarm_rate: Share of good images that may be called anomalous, and of their pixels, in (0, 1).
-        good, quantiles: Of the chosen score.
+        good, quantiles, peaks: Of the chosen score.
 
     Raises:
         ValueError: The rate lies elsewhere.
@@ -114,7 +117,11 @@ def decide(
     p_value = p_values(torch.from_numpy(np.asarray(scores)), good)
     is_anomalous = (p_value <= false_alarm_rate).numpy()
     pixel_threshold = pixel_threshold_at(false_alarm_rate, quantiles)
-    masks = [(m > pixel_threshold) & bad for m, bad in zip(maps, is_anomalous, strict=True)]
+    peak_threshold = score_threshold_at(false_alarm_rate, peaks)
+    masks = [
+        outline(m, pixel_threshold, peak_threshold) if bad else np.zeros(m.shape, bool)
+        for m, bad in zip(maps, is_anomalous, strict=True)
+    ]
     return Decision(
         p_value=p_value.numpy(),
         is_anomalous=is_anomalous,
@@ -126,12 +133,33 @@ def decide(
     )
 
 
+def outline(anomaly_map: np.ndarray, pixel_threshold: float, peak_threshold: float) -> np.ndarray:
+    """Where an anomalous image is defective, bool [H, W].
+
+    Connected pixels above the threshold of pixels are a region, which counts if its peak is above that of peaks, as no
+    region is on most good images, or if it is the highest one: the verdict has a place. A region reaches down to a
+    share of its peak, `EDGE`.
+
+    Args:
+        anomaly_map: Of the image, [H, W].
+        pixel_threshold: What that share of good images' pixels exceeds.
+        peak_threshold: What the largest value of that share of good images' maps exceeds.
+    """
+    labelled, count = ndimage.label(anomaly_map > pixel_threshold, structure=np.ones((3, 3)))
+    if not count:
+        return labelled > 0
+    peaks = np.append(np.inf, ndimage.maximum(anomaly_map, labelled, range(1, count + 1)))
+    peaks[peaks < min(peak_threshold, peaks[1:].max())] = np.inf
+    return anomaly_map > np.maximum(pixel_threshold, EDGE * peaks)[labelled]
+
+
 class FalseAlarmMixin:
-    """How a normality model decides, by its buffers `good_scores` [types + 1, N] and `pixel_quantiles` [types, TAIL];
-    the rows are those of `score_types` and, of scores, the global one last."""
+    """How a normality model decides, by its buffers `good_scores` [types + 1, N], `good_peaks` [types, N] and
+    `pixel_quantiles` [types, TAIL]; the rows are those of `score_types` and, of scores, the global one last."""
 
     config: Any
     good_scores: torch.Tensor
+    good_peaks: torch.Tensor
     pixel_quantiles: torch.Tensor
 
     @property
@@ -142,7 +170,9 @@ class FalseAlarmMixin:
 
     def decider(self, score_type: str = FUSED) -> Callable[..., Decision]:
         """`decide` for one score type, without the model: a function of maps, scores and the false-alarm rate."""
-        return functools.partial(decide, good=self._good(score_type), quantiles=self._quantiles(score_type).cpu())
+        peaks = self.good_peaks[_row(score_type, self.score_types)].double().cpu()
+        quantiles = self._quantiles(score_type).cpu()
+        return functools.partial(decide, good=self._good(score_type), quantiles=quantiles, peaks=peaks)
 
     def decide(
         self,

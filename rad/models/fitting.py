@@ -231,6 +231,7 @@ class FittingMixin:
 
         # 6. Scores and pixels of held-out good images, pooled over the categories whose units they share
         self.good_scores.copy_(reduce(scores).sort().values)
+        self.good_peaks.copy_(reduce(maps.amax((2, 3))).sort().values)
         rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
         for column, values in enumerate(maps):
             self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
