@@ -1,4 +1,5 @@
-"""Scores one picture from the command line: `python -m rad part.png --output heatmap.png`.
+"""Scores one picture from the command line: `python -m rad part.png --output heatmap.png`. Many at once, from files,
+folders, archives and URLs: `python -m rad predict --help`.
 
 Exit status: 0 for a good part, 3 for a defect, 2 for an error; 1 is Python's own, where it could not even start.
 """
@@ -9,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from rad import RADPipeline
+from rad import RADPipeline, command
 from rad.data.summary import describe
 from rad.files import whole
 from rad.image_processor import overlay
@@ -20,6 +21,8 @@ from rad.pipeline_loading import EMBEDDED_MODELS
 
 def main() -> int:
     """Returns the exit status."""
+    if sys.argv[1:2] == ["predict"]:
+        return command.main(command.parse_args(sys.argv[2:], "python -m rad predict"))
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m rad", description=__doc__, formatter_class=raw)
     parser.add_argument("image", help="The picture to inspect.")

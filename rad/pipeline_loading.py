@@ -364,6 +364,7 @@ def check_pipeline_folder(
         if component == "normality":  # all of it is buffers, which are made before weights are read
             with torch.device("meta"):
                 expected = NormalityModel.from_config(settings).state_dict()
+            shapes.setdefault("good_peaks", list(expected["good_peaks"].shape))  # which earlier models lack
             if shapes != {key: list(value.shape) for key, value in expected.items()}:
                 raise OSError(f"{name} is refused: the weights of its normality model do not fit its settings.")
 

@@ -150,7 +150,8 @@ def outline(anomaly_map: np.ndarray, pixel_threshold: float, peak_threshold: flo
         return labelled > 0
     peaks = np.append(np.inf, ndimage.maximum(anomaly_map, labelled, range(1, count + 1)))
     peaks[peaks < min(peak_threshold, peaks[1:].max())] = np.inf
-    return anomaly_map > np.maximum(pixel_threshold, EDGE * peaks)[labelled]
+    edges = np.where(peaks > 0, EDGE * peaks, pixel_threshold)
+    return anomaly_map > np.maximum(pixel_threshold, edges)[labelled]
 
 
 class FalseAlarmMixin:

@@ -130,7 +130,9 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
             self.register_buffer(scale, torch.ones(shape))
         self.register_buffer("map_scale", torch.ones(num_categories, num_types))
         self.register_buffer("good_scores", torch.zeros(num_types + 1, config.num_scores))  # sorted, standardised
-        self.register_buffer("good_peaks", torch.zeros(num_types, config.num_scores))  # of maps, sorted
+        self.register_buffer(
+            "good_peaks", torch.zeros(num_types, config.num_scores)
+        )  # sorted; 0 calls every region one
         self.register_buffer("pixel_quantiles", torch.zeros(num_types, len(TAIL)))
 
     @classmethod

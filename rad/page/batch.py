@@ -2,10 +2,7 @@
 
 import csv
 import html
-import itertools
 import json
-import mmap
-import re
 import tempfile
 import time
 import zipfile
@@ -15,10 +12,12 @@ from pathlib import Path, PurePosixPath
 
 import gradio as gr
 
+from rad.data.inputs import MAX_BYTES, list_members
 from rad.data.listing import foreign
 from rad.image_processor import overlay
 from rad.models.evidence import FUSED
 from rad.models.false_alarms import check_rate
+from rad.prediction import harmless
 from rad.visualization import encode_map
 
 from . import models, visitors
@@ -28,7 +27,6 @@ from .settings import Settings
 from .words import handler, percent, without_folders
 
 MAX_PICTURES = 1000
-MAX_BYTES = 100_000_000  # of one picture; archives may claim anything
 MAP_SIDE = 512  # pixels of the longer side of a map in the archive
 THUMBNAIL_SIDE = 320
 REFRESH_SECONDS = 1.0
@@ -89,7 +87,7 @@ def list_files(paths: list[str]) -> tuple[list[tuple[str, Path, zipfile.ZipInfo 
     skipped: list[str] = []
     for path in map(Path, paths or []):
         try:
-            members = list_members(path) if path.suffix.lower() == ".zip" else None
+            members = list_members(path, 10 * MAX_PICTURES) if path.suffix.lower() == ".zip" else None
         except zipfile.BadZipFile:
             members = None  # a row with its error, from `fetch`
         for member in [None] if members is None else members:
@@ -103,20 +101,6 @@ def list_files(paths: list[str]) -> tuple[list[tuple[str, Path, zipfile.ZipInfo 
     if len(files) > MAX_PICTURES:
         raise ValueError(f"At most {MAX_PICTURES:,} pictures are taken at a time; these are {len(files):,}.")
     return files, skipped
-
-
-def list_members(path: Path) -> list[zipfile.ZipInfo]:
-    """The files in an archive, without folders."""
-    if not zipfile.is_zipfile(path):
-        raise zipfile.BadZipFile
-    most = 10 * MAX_PICTURES
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # Before zipfile makes an object of each of the millions of entries that a hostile one may have
-        entries = sum(1 for _ in itertools.islice(re.finditer(b"PK\x01\x02", content), most + 1))
-    if entries > most:
-        raise ValueError(f"{path.name} has more than {most:,} entries.")
-    with zipfile.ZipFile(path) as archive:
-        return [member for member in archive.infolist() if not member.is_dir()]
 
 
 def fetch(path: Path, member: zipfile.ZipInfo | None, folder: Path) -> Path:
@@ -252,9 +236,7 @@ def save(batch: Batch, rate: float, folder: Path) -> list[str]:
     with open(paths[0], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        for row in rows:  # a spreadsheet would take a text that starts so for a formula
-            unsafe = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(tuple("=+-@\t\r"))}
-            writer.writerow(row | unsafe)
+        writer.writerows({name: harmless(value) for name, value in row.items()} for row in rows)
     content = {"model": models.title(batch.model), "false_alarm_rate": rate, "pictures": rows}
     paths[1].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with zipfile.ZipFile(paths[2], "w") as archive:

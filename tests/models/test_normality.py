@@ -20,6 +20,7 @@ from sklearn.covariance import LedoitWolf
 from rad import NormalityModel
 from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
+from rad.models.false_alarms import score_threshold_at
 from rad.models.fitting import Mirrored, Views
 from rad.models.gaussian import Moments, fit_gaussian, num_folds
 
@@ -616,6 +617,15 @@ def test_pixel_thresholds_fall_with_the_rate_and_hold_on_fresh_pixels(model, fre
     for rate in (0.01, 0.1, 0.5):
         exceeded = (fresh[0][name] > model.pixel_threshold(rate, name)).double().mean().item()
         assert rate / 2 <= exceeded <= rate * 1.5
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_no_more_good_images_have_a_region_than_the_rate_says(model, fresh, name):
+    """The largest value of a fresh good image's map lies above the threshold of peaks; fewer than the rate, since
+    statistics that an image is held out of judge it more harshly."""
+    peaks, good = fresh[0][name].amax((1, 2)), model.good_peaks[MAPS.index(name)].double()
+    shares = [(peaks > score_threshold_at(rate, good)).double().mean() for rate in (0.05, 0.2, 0.5)]
+    assert shares[0] <= 0.1 and 0.01 < shares[1] < 0.4 and 0.05 < shares[2] < 0.8
 
 
 def test_one_score_is_enough_for_thresholds():

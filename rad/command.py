@@ -1,0 +1,108 @@
+"""The command that scores many pictures: `python -m rad predict` and, for several processes, `training/predict.py`."""
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from .data.inputs import list_inputs
+from .pipeline_arguments import as_integer
+from .pipeline_loading import EMBEDDED_MODELS
+from .pipeline_rad import RADPipeline
+from .prediction import Outputs, Predictions, predict, settings_of
+
+logger = logging.getLogger("rad.predict")
+
+DESCRIPTION = """Scores many pictures: predictions.jsonl and predictions.csv get a row for each as it comes.
+
+    python -m rad predict photos --model my-model --output results
+    accelerate launch --num_processes 2 training/predict.py photos --model my-model --output results
+
+The same command goes on where it stopped. Exit status: 0 if all pictures were judged, 4 if some could not be (their
+rows say why), 2 for an error.
+"""
+SOME_FAILED = 4
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="Pictures, folders, globs, zip or tar archives, text files that list them, or URLs (s3://, gs://, hf://).",
+    )
+    parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
+    parser.add_argument("--output", default="predictions", help="Folder for rows and pictures.")
+    parser.add_argument("--category", help="What the pictures show; by default the pipeline finds out.")
+    parser.add_argument("--false_alarm_rate", type=float, default=0.01, help="On good parts.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Pictures in one pass.")
+    parser.add_argument(
+        "--num_threads", type=int, default=2, help="Threads that decode pictures ahead of the networks."
+    )
+    parser.add_argument("--device", help="By default a GPU if there is one.")
+    parser.add_argument("--overlays", action="store_true", help="Write the heat over each picture, PNG.")
+    parser.add_argument("--masks", action="store_true", help="Write the regions of each picture, PNG of 0 and 255.")
+    parser.add_argument("--maps", choices=("png", "npy"), help="Write anomaly maps, as 16-bit PNG or float32 npy.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Begin anew where the folder holds other predictions."
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status.
+
+    Raises:
+        ValueError, OSError: There is nothing to score, or a bad argument or model; the message names it.
+    """
+    logging.basicConfig(format="%(message)s")
+    batch_size, num_threads = (as_integer(getattr(args, name), name, 1) for name in ("batch_size", "num_threads"))
+    state = PartialState(cpu=args.device == "cpu")
+    is_main, folder = state.is_main_process, Path(args.output).expanduser()
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+
+    # 1. What there is to do
+    found = list_inputs(args.inputs)
+    with contextlib.closing(found):
+        for reason, names in found.left_out.items():
+            logger.info(
+                f"Left out, {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}."
+            )
+        pipeline = RADPipeline.load(args.model).to(args.device or state.device)
+        pipeline.set_progress_bar_config(disable=True)
+        outputs = Outputs(args.overlays, args.masks, args.maps)
+        settings = settings_of(pipeline, args.false_alarm_rate, args.category, outputs)
+        predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        done = predictions.rows()
+        remaining = [source for source in found.sources if source.name not in done]
+        if num_done := len(found.sources) - len(remaining):
+            logger.info(f"{num_done} of {len(found.sources)} pictures are there already.")
+        state.wait_for_everyone()  # before anyone writes
+
+        # 2. This process's share of it
+        own = remaining[state.process_index :: state.num_processes]
+        rows = predict(pipeline, own, args.false_alarm_rate, args.category, batch_size, num_threads, folder, outputs)
+        for _ in tqdm(predictions.append(rows), total=len(own), desc="Scoring", unit="picture", disable=not is_main):
+            pass
+    state.wait_for_everyone()
+
+    # 3. One table of all
+    if not is_main:
+        return 0
+    names = {source.name for source in found.sources}
+    merged = predictions.merge([source.name for source in found.sources])
+    verdicts = [row["verdict"] for row in merged if row["path"] in names]
+    bad, failed = verdicts.count("defect"), verdicts.count("error")
+    told = f" {failed} could not be judged: see their errors." if failed else ""
+    logger.info(
+        f"{bad} of {len(verdicts) - failed} pictures are defective, at a false-alarm rate of "
+        f"{args.false_alarm_rate:.2%}.{told} Rows: {folder.resolve()}/predictions.csv and .jsonl"
+    )
+    return SOME_FAILED if failed else 0
