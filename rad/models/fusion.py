@@ -18,7 +18,7 @@ NUM_ROUNDS = 3  # through all scores
 MIN_TWINS = 8  # fewer say too little: the prior stays
 # Of the squared distance from the prior's direction, divided by the number of good images that got defects. What an
 # image score gains is noisier than what a map does
-PULL = {"weights": 0.25, "image_weights": 0.65}
+PULL = {"weights": 1.0, "image_weights": 0.65}
 COST = 1e-3  # of a score: one that gains less is left out
 FAR = 3.0  # good images' deviations from which on a defect is found anyway
 RATES = np.geomspace(5e-4, 0.3, 30)  # of good positions called defective, at which defects are to be found
