@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .evidence import FUSED, to_grid
 from .false_alarms import TAIL, p_values
@@ -83,7 +84,7 @@ class FittingMixin:
 
         Twins, scored images with a defect, are judged as their good ones are, by Gaussians and units of the other
         folds. By both the weights are chosen, a few numbers for all images; twins enter nothing else. Views serve
-        Gaussians and units as their images do, and thresholds rest on the odder one of the two.
+        Gaussians and units as their images do, and thresholds hold for both.
 
         Everything is made of sums over images, so that several processes can fit together: each holds the features and
         maps of its own share alone, and all end with the same model.
@@ -131,9 +132,11 @@ class FittingMixin:
         shown = torch.arange(len(labels))[share]
         of_own = torch.stack([label_of, fold_of, place], dim=1)[shown]
         of_own = torch.cat([of_own, of_own[views.sources], of_own[twins.sources if twins else []]])
+        numbers = torch.tensor(views.numbers, dtype=torch.long)
         kind = torch.arange(3).repeat_interleave(torch.tensor([len(shown), len(views.sources), num_twins]))
         is_good, is_view, is_twin = (kind == k for k in range(3))
-        good_rows = torch.cat([shown, len(labels) + torch.tensor(views.numbers, dtype=torch.long)])
+        of_own[is_view, 2] = num_scored + numbers
+        good_rows = torch.cat([shown, len(labels) + numbers])
         everyone = torch.zeros(len(labels) + views.total, summaries.shape[1], dtype=torch.float64)
         of_all = torch.zeros(len(everyone), 2, dtype=torch.long)
         everyone[good_rows], of_all[good_rows] = summaries[~is_twin].double(), of_own[~is_twin, :2]
@@ -205,8 +208,8 @@ class FittingMixin:
 
         # 5. Unit deviation of the fused map and of image scores
         names = self.score_types
-        maps = z.new_zeros(len(names), num_scored, size, size)
-        scores = z.new_zeros(len(names) + 1, num_scored)
+        maps = z.new_zeros(len(names), num_scored + views.total, size, size)
+        scores = z.new_zeros(len(names) + 1, num_scored + views.total)
         fused_scores = z.new_zeros(len(z))
         for label, count in enumerate(counts):
             mine = (row_label == label).nonzero().flatten()
@@ -218,23 +221,22 @@ class FittingMixin:
             whole = distance[scored][mine].float()
             values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
             folds = range(num_folds(count))
-            view = is_view[scored][mine]
-            values = torch.stack(values, dim=1)
-            *units, held = fit_held_out_scores(values, row_fold[mine], good | view, folds, reduce)
+            usual, values = good | is_view[scored][mine], torch.stack(values, dim=1)
+            *units, held = fit_held_out_scores(values, row_fold[mine], usual, folds, reduce)
             self.score_location[label], self.score_scale[label] = units
-            fused_scores[mine] = held[:, 0]
-            found, places = torch.stack([combined[name] for name in names]), place[scored][mine]
-            maps[:, places[good]], scores[:, places[good]] = found[:, good], held[good].T
-            # An image that has a view counts as the odder one of the two
-            maps[:, places[view]] = maps[:, places[view]].maximum(found[:, view])
-            scores[:, places[view]] = scores[:, places[view]].maximum(held[view].T)
+            fused_scores[mine], places = held[:, 0], place[scored][mine][usual]
+            maps[:, places] = torch.stack([combined[name][usual] for name in names])
+            scores[:, places] = held[usual].T
 
-        # 6. Scores and pixels of held-out good images, pooled over the categories whose units they share
-        self.good_scores.copy_(reduce(scores).sort().values)
-        self.good_peaks.copy_(reduce(maps.amax((2, 3))).sort().values)
-        rank = np.round((1.0 - TAIL) * (maps[0].numel() - 1)).astype(int)
+        # 6. Scores, peaks and pixels of held-out good images and of views, whichever are the higher at a rate, pooled
+        # over the categories whose units they share
+        self.good_scores.copy_(higher(reduce(scores), num_scored))
+        self.good_peaks.copy_(higher(reduce(maps.amax((2, 3))), num_scored))
         for column, values in enumerate(maps):
-            self.pixel_quantiles[column] = reduce(values).flatten().sort().values[rank]
+            parts = [part.flatten().sort().values for part in reduce(values).split([num_scored, views.total])]
+            ranks = [np.round((1.0 - TAIL) * (len(part) - 1)).astype(int) for part in parts if len(part)]
+            quantiles = [part[rank] for part, rank in zip(parts, ranks, strict=False)]
+            self.pixel_quantiles[column] = torch.stack(quantiles).amax(0)
         if twins is not None:
             p_value = p_values(fused_scores[is_twin], self.good_scores[0].double())
             self.register_to_config(found=count_found(p_value, twins, reduce))
@@ -282,3 +284,12 @@ class FittingMixin:
         generator = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
         self.projection.copy_(basis[:, : self.projection.shape[1]])
+
+
+def higher(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Of values [M, N + V] of `count` = N images and V views, what both exceed no more often than a rank says: their
+    sorted values [M, N], at each rank the higher ones."""
+    images, views = (part.sort(dim=1).values for part in values.tensor_split([count], dim=1))
+    if not views.shape[1]:
+        return images
+    return images.maximum(F.interpolate(views[None], count, mode="linear", align_corners=True)[0])

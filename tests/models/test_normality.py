@@ -253,8 +253,8 @@ def test_a_view_is_held_out_with_its_image(fitted_on):
     assert fit(*rows, views=views).good_scores[MAPS.index("mahalanobis"), -1] > 0.5 * alone
 
 
-def test_thresholds_rest_on_the_odder_of_an_image_and_its_view(fitted_on):
-    """Views that are odd raise thresholds, so that others like them pass."""
+def test_thresholds_hold_for_images_and_for_views(fitted_on):
+    """Views that are odd raise thresholds, so that others like them pass; those that are not hardly move them."""
     draws = [part[:60] for part in fitted_on]
     same, odd = (fit(*rows, views=views) for rows, views in (viewed(draws, list(range(60)), x) for x in (0, 3)))
     fresh = GoodImages(seed=3).draw(200)
