@@ -15,7 +15,8 @@ from rad.data.summary import describe
 from rad.files import whole
 from rad.image_processor import overlay
 from rad.image_reader import decode
-from rad.models.false_alarms import p_value_text
+from rad.models.false_alarms import p_value_text, rate_note
+from rad.pipeline_arguments import rate_of
 from rad.pipeline_loading import EMBEDDED_MODELS
 
 
@@ -28,14 +29,17 @@ def main() -> int:
     parser.add_argument("image", help="The picture to inspect.")
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--category", help="What the picture shows; by default the pipeline finds out.")
-    parser.add_argument("--false_alarm_rate", type=float, default=0.01, help="On good parts.")
+    parser.add_argument(
+        "--false_alarm_rate", type=float, help="On good parts; by default 1 %%, or what so few can tell."
+    )
     parser.add_argument("--output", default="heatmap.png", help="Where the heatmap over the picture goes.")
     args = parser.parse_args()
 
     pipeline = RADPipeline.load(args.model)
     pipeline.set_progress_bar_config(disable=True)
     start = time.monotonic()
-    output = pipeline(args.image, class_labels=args.category, false_alarm_rate=args.false_alarm_rate)
+    rate = rate_of(args.false_alarm_rate, pipeline.normality)
+    output = pipeline(args.image, class_labels=args.category, false_alarm_rate=rate)
     seconds = time.monotonic() - start
 
     image = decode(args.image, pipeline.image_processor.pixel_range)
@@ -48,10 +52,12 @@ def main() -> int:
     odds = p_value_text(float(output.p_value[0]), pipeline.normality.p_value_resolution)
     print(
         f"{args.image}: {verdict} ({output.category[0]}, {len(output.regions[0])} regions). Good parts look as odd as "
-        f"this in a share {odds} of cases; the alarm is set to {args.false_alarm_rate:.2%} (on "
+        f"this in a share {odds} of cases; the alarm is set to {rate:.2%} (on "
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )
+    if note := rate_note(rate, pipeline.normality.config.num_scores):
+        print(note)
     print(f"Read: {describe(Path(args.image))}. Heatmap: {path.resolve()}")
     return 3 if output.is_anomalous[0] else 0
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .data.inputs import list_inputs
+from .models.false_alarms import rate_note
 from .pipeline_arguments import as_integer
 from .pipeline_loading import EMBEDDED_MODELS
 from .pipeline_rad import RADPipeline
@@ -40,7 +41,9 @@ def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> ar
     parser.add_argument("--model", default="synthetic", help=f"Folder, Hub id or one of {', '.join(EMBEDDED_MODELS)}.")
     parser.add_argument("--output", default="predictions", help="Folder for rows and pictures.")
     parser.add_argument("--category", help="What the pictures show; by default the pipeline finds out.")
-    parser.add_argument("--false_alarm_rate", type=float, default=0.01, help="On good parts.")
+    parser.add_argument(
+        "--false_alarm_rate", type=float, help="On good parts; by default 1 %%, or what so few can tell."
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="Pictures in one pass.")
     parser.add_argument(
         "--num_threads", type=int, default=2, help="Threads that decode pictures ahead of the networks."
@@ -78,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
         pipeline.set_progress_bar_config(disable=True)
         outputs = Outputs(args.overlays, args.masks, args.maps)
         settings = settings_of(pipeline, args.false_alarm_rate, args.category, outputs)
+        rate = settings["false_alarm_rate"]
         predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
         state.wait_for_everyone()
         done = predictions.rows()
@@ -88,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
         # 2. This process's share of it
         own = remaining[state.process_index :: state.num_processes]
-        rows = predict(pipeline, own, args.false_alarm_rate, args.category, batch_size, num_threads, folder, outputs)
+        rows = predict(pipeline, own, rate, args.category, batch_size, num_threads, folder, outputs)
         for _ in tqdm(predictions.append(rows), total=len(own), desc="Scoring", unit="picture", disable=not is_main):
             pass
     state.wait_for_everyone()
@@ -103,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
     told = f" {failed} could not be judged: see their errors." if failed else ""
     logger.info(
         f"{bad} of {len(verdicts) - failed} pictures are defective, at a false-alarm rate of "
-        f"{args.false_alarm_rate:.2%}.{told} Rows: {folder.resolve()}/predictions.csv and .jsonl"
+        f"{rate:.2%}.{told} Rows: {folder.resolve()}/predictions.csv and .jsonl"
     )
+    if note := rate_note(rate, pipeline.normality.config.num_scores):
+        logger.info(note)
     return SOME_FAILED if failed else 0

@@ -14,7 +14,7 @@ import torch
 
 from .image_reader import MAX_SIDE, ImageInput, PipelineImageInput
 from .models.evidence import SCORE_TYPES
-from .models.false_alarms import check_rate
+from .models.false_alarms import DEFAULT_RATES, check_rate
 from .models.normality import NormalityModel
 
 RESTORATION_STEPS = {"denoising": 20, "gradient": 150}  # by method, unless they are given
@@ -164,7 +164,7 @@ def check_scoring(
         if len(sides) != 2:
             raise ValueError(f"map_size must be a height and a width of at least 1, got {map_size}.")
         map_size = sides[0], sides[1]
-    return check_rate(false_alarm_rate), map_size
+    return rate_of(false_alarm_rate, normality), map_size
 
 
 def check_noise(
@@ -214,8 +214,15 @@ def check_restoration(
         as_integer(denoise_every, "denoise_every", 1),
         1.0 if anneal == 1 else check_rate(anneal, "anneal"),
         check_rate(pixel_rate, "pixel_rate"),
-        check_rate(false_alarm_rate),
+        rate_of(false_alarm_rate, normality),
     )
+
+
+def rate_of(false_alarm_rate: Any, normality: NormalityModel | None) -> float:
+    """The false-alarm rate, by default the one that these statistics can tell; raises ValueError for a bad one."""
+    if false_alarm_rate is None:
+        return DEFAULT_RATES[0] if normality is None else normality.default_rate
+    return check_rate(false_alarm_rate)
 
 
 def check_labels(class_labels: Any, count: int, categories: Sequence[str]) -> list[str | None]:

@@ -116,7 +116,7 @@ class RADPipeline(RADLoaderMixin, RADFittingMixin, RADRestorationMixin):
         class_labels: str | int | Sequence[str | int] | None = None,
         mode: str = "calibrated",
         score_type: str = FUSED,
-        false_alarm_rate: float = 0.01,
+        false_alarm_rate: float | None = None,
         seed: int | None = None,
         batch_size: int = 4,
         output_type: str = "np",
@@ -142,7 +142,8 @@ class RADPipeline(RADLoaderMixin, RADFittingMixin, RADRestorationMixin):
                 "paper" (RAN to the letter: per-image z-scores, alpha = 0.5, no smoothing).
             score_type: Which map decides: "fused", "pixel" (KL), "feature" (error), "residual" (Mahalanobis distance
                 of what the prediction of features leaves), "mahalanobis" (of the features), "discriminator" or "rgb".
-            false_alarm_rate: Share of good images that may be called anomalous.
+            false_alarm_rate: Share of good images that may be called anomalous; by default 0.01, or the smallest of
+                0.02, 0.05, 0.1 and 0.2 that as many held-out good images as there are can tell.
             batch_size: Images in one stacked pass of the U-Net; each counts timesteps x draws times.
             output_type: "np" for NumPy arrays, "pt" for CPU tensors, "pil" for pictures: heat over each image in the
                 place of `anomaly_map`, and masks of 0 and 255; all else is as with "np".

@@ -53,7 +53,7 @@ class RADRestorationMixin:
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         method: str | None = None,
-        false_alarm_rate: float = 0.01,
+        false_alarm_rate: float | None = None,
     ) -> RADRestorationOutput | tuple[Any, ...]:
         """Good images in the place of these; what comes out is inspected again.
 
@@ -88,7 +88,7 @@ class RADRestorationMixin:
             generator: In the place of `seed`, as in scoring.
             method: "denoising" or "gradient"; by default "denoising" for networks that predict x_0 and "gradient" for
                 those that predict noise.
-            false_alarm_rate: At which what comes out is inspected.
+            false_alarm_rate: At which what comes out is inspected; by default as in scoring.
 
         Raises:
             ValueError: A bad image or argument; the message names it and what is accepted.

@@ -20,7 +20,7 @@ from .evaluation import fingerprint
 from .files import whole
 from .image_processor import overlay
 from .image_reader import decode, read
-from .models.false_alarms import check_rate
+from .pipeline_arguments import rate_of
 from .pipeline_rad import RADPipeline
 from .visualization import encode_map
 
@@ -126,12 +126,12 @@ class Predictions:
 
 
 def settings_of(
-    pipeline: RADPipeline, false_alarm_rate: float, category: str | None, outputs: Outputs
+    pipeline: RADPipeline, false_alarm_rate: float | None, category: str | None, outputs: Outputs
 ) -> dict[str, Any]:
     """All that rows depend on, for `Predictions`."""
     if pipeline.normality is None:
         raise ValueError("The pipeline has no normality model: call fit_normality first.")
-    rate = check_rate(false_alarm_rate)
+    rate = rate_of(false_alarm_rate, pipeline.normality)
     own = {"false_alarm_rate": rate, "category": category, **asdict(outputs)}
     return {"model": fingerprint(pipeline, {}).hexdigest()[:16], **own}
 
@@ -139,7 +139,7 @@ def settings_of(
 def predict(
     pipeline: RADPipeline,
     sources: Sequence[Source],
-    false_alarm_rate: float = 0.01,
+    false_alarm_rate: float | None = None,
     category: str | None = None,
     batch_size: int = 4,
     num_threads: int = 2,
@@ -154,7 +154,7 @@ def predict(
     Args:
         pipeline: With a normality model.
         sources: From `list_inputs`.
-        false_alarm_rate: On good parts, in (0, 1).
+        false_alarm_rate: On good parts, in (0, 1); by default as in scoring.
         category: What all pictures show; by default the pipeline finds out.
         batch_size: Pictures in one stacked pass.
         num_threads: That decode.
@@ -199,7 +199,7 @@ def _judge(
     pipeline: RADPipeline,
     images: dict[int, Any],
     batch: Sequence[tuple[Source, Any]],
-    false_alarm_rate: float,
+    false_alarm_rate: float | None,
     category: str | None,
     folder: Path | None,
     outputs: Outputs,

@@ -70,7 +70,7 @@ def results_figure(
     images: list[ImageInput],
     class_labels: list[str | int] | None = None,
     restore: bool = True,
-    false_alarm_rate: float = 0.01,
+    false_alarm_rate: float | None = None,
 ) -> Image.Image:
     """A picture of real results, such as a model card shows, RGB.
 
@@ -79,7 +79,7 @@ def results_figure(
         images: One row each: the input, the heat over it with the regions that raise the alarm, the restored image.
         class_labels: Their categories; by default the pipeline finds out.
         restore: Without it there is no third column.
-        false_alarm_rate: Of the regions and the verdict.
+        false_alarm_rate: Of the regions and the verdict; by default as in scoring.
     """
     output = pipeline(images, class_labels=class_labels, false_alarm_rate=false_alarm_rate)
     low, high = pipeline.normality.heat_range()

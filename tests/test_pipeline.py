@@ -93,6 +93,15 @@ def test_decision_follows_the_false_alarm_rate(pipeline, good_images):
         assert np.array_equal(output.is_anomalous, output.score > output.threshold)
 
 
+def test_few_good_images_decide_at_the_rate_that_they_can_tell(pipeline, good_images):
+    """Twelve of them: 10 %."""
+    output, asked = pipeline(good_images), pipeline(good_images, false_alarm_rate=0.1)
+    assert pipeline.normality.default_rate == 0.1
+    assert output.threshold == asked.threshold and np.array_equal(output.is_anomalous, asked.is_anomalous)
+    restored = [pipeline.restore(good_images[0], num_steps=2, **rate) for rate in ({}, {"false_alarm_rate": 0.1})]
+    assert restored[0].is_anomalous[0] == restored[1].is_anomalous[0]
+
+
 @pytest.mark.parametrize("score_type", ["fused", "mahalanobis"])
 @pytest.mark.parametrize("output_type", ["np", "pt"])
 def test_an_output_is_decided_again_as_the_pipeline_would_have(pipeline, good_images, score_type, output_type):

@@ -17,6 +17,7 @@ from ..pipeline_output import Decision, find_regions, stack_maps
 from .evidence import FUSED, GLOBAL, SCORE_TYPES
 
 TAIL = np.append(np.logspace(0, -4, 401), 0.0)  # pixel tail probabilities at which thresholds are stored
+DEFAULT_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)  # false alarms on good images, the first that these can tell
 EDGE = 0.45  # of a defect's peak, down to which it reaches: what is blurred around it is lower
 TAIL_SIZE = 6  # good images that the mean excess in the tail is taken from at least, where there are twice as many
 
@@ -79,6 +80,20 @@ def resolution_of(num_scores: int) -> float:
     """The smallest p-value that so many held-out good images bear out, a tenth of one in their number and 1e-4 at
     least; smaller ones only say that an image is very odd."""
     return 1.0 / min(10 * num_scores, 10_000)
+
+
+def default_rate_of(num_scores: int) -> float:
+    """The false-alarm rate to decide at where nobody asks for one: 1 %, or the smallest round rate that so many
+    held-out good images tell from none, since a smaller one would find next to nothing."""
+    return next((rate for rate in DEFAULT_RATES if rate * (num_scores + 1) >= 1), DEFAULT_RATES[-1])
+
+
+def rate_note(rate: float, num_scores: int) -> str:
+    """What it takes to decide at 1 %, as a sentence; empty where that many good images are there, or less is asked."""
+    needed = round(1 / DEFAULT_RATES[0]) - 1
+    if num_scores >= needed or rate < DEFAULT_RATES[0]:
+        return ""
+    return f"An alarm at {DEFAULT_RATES[0]:.0%} takes {needed} good images held out, {needed - num_scores} more."
 
 
 def p_value_text(p_value: float, resolution: float) -> str:
@@ -175,11 +190,16 @@ class FalseAlarmMixin:
         quantiles = self._quantiles(score_type).cpu()
         return functools.partial(decide, good=self._good(score_type), quantiles=quantiles, peaks=peaks)
 
+    @property
+    def default_rate(self) -> float:
+        """The false-alarm rate where nobody asks for one: see `default_rate_of`."""
+        return default_rate_of(self.config.num_scores)
+
     def decide(
         self,
         maps: Mapping[str, Sequence[np.ndarray]],
         scores: Mapping[str, np.ndarray],
-        false_alarm_rate: float = 0.01,
+        false_alarm_rate: float | None = None,
         score_type: str = FUSED,
     ) -> Decision:
         """What to call B images at a false-alarm rate.
@@ -187,13 +207,14 @@ class FalseAlarmMixin:
         Args:
             maps: For each score type a map [H, W] of each image, at any size.
             scores: For each score type [B].
-            false_alarm_rate: Share of good images that may be called anomalous, in (0, 1).
+            false_alarm_rate: Share of good images that may be called anomalous, in (0, 1); by default `default_rate`.
             score_type: Which of them decides; one that has a map.
 
         Raises:
             ValueError: There is no such score type here, or no such rate.
         """
-        return self.decider(score_type)(maps[score_type], scores[score_type], false_alarm_rate)
+        rate = self.default_rate if false_alarm_rate is None else false_alarm_rate
+        return self.decider(score_type)(maps[score_type], scores[score_type], rate)
 
     def p_value(self, scores: torch.Tensor, score_type: str = FUSED) -> torch.Tensor:
         """How often a good image scores as high, [B] in (0, 1]: see `p_values`."""

@@ -17,6 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from rad import NormalityModel, RADPipeline
 from rad.hub import one_sentence
+from rad.models.false_alarms import DEFAULT_RATES
 from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 from . import visitors
@@ -205,6 +206,12 @@ def categories(model: str) -> list[str]:
     """The kinds of parts that a model tells apart; none if it knows no good parts yet."""
     known = pipeline(model).normality
     return [] if known is None else list(known.config.categories)
+
+
+def default_rate(model: str) -> float:
+    """The false-alarm rate that a model's good pictures can tell; the usual one if it knows none yet."""
+    known = pipeline(model).normality
+    return DEFAULT_RATES[0] if known is None else known.default_rate
 
 
 def title(model: str) -> str:

@@ -15,6 +15,7 @@ from rad.data.listing import IMAGE_SUFFIXES
 from rad.data.roles import meaning_of
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
+from rad.models.false_alarms import rate_note
 from rad.models.fusion import judged_by
 from rad.pipeline_arguments import check_different, fingerprint
 
@@ -46,7 +47,7 @@ Unpack the zip; what lies in it is a pipeline folder:
 from rad import RADPipeline
 
 pipe = RADPipeline.from_pretrained("{name}")
-out = pipe("part.jpg", false_alarm_rate=0.01)
+out = pipe("part.jpg")
 ```
 
 #### Train further
@@ -170,7 +171,8 @@ def report(model: str) -> str:
         for row in rows
     )
     judged = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in judged_by(product.normality.config))
-    few = " More photos narrow this." if num_good < 100 else ""
+    note = rate_note(product.normality.default_rate, num_good)
+    few = f" More photos narrow this. {note}" if num_good < 100 else ""
     named = ", ".join(product.left_out) + (" ..." if product.num_left_out > len(product.left_out) else "")
     left_out = f" {product.num_left_out} files that are no pictures were left out: {named}." if named else ""
     return (

@@ -28,8 +28,10 @@ def choices() -> list[tuple[str, str]]:
 
 
 @handler
-def on_model(model: str) -> gr.Dropdown:
-    return gr.Dropdown(choices=[models.AUTO, *models.categories(model)], value=models.AUTO)
+def on_model(model: str) -> tuple[gr.Dropdown, float]:
+    """The model's products, and the alarm that its good pictures can tell."""
+    products = gr.Dropdown(choices=[models.AUTO, *models.categories(model)], value=models.AUTO)
+    return products, models.default_rate(model)
 
 
 def build(demo: gr.Blocks) -> Settings:
@@ -44,7 +46,7 @@ def build(demo: gr.Blocks) -> Settings:
         with gr.Column(min_width=280):
             rate = rate_slider()
     settings = Settings(model, category, rate, gr.State(choices()), gr.State(time_to_live=visitors.KEPT_SECONDS))
-    gr.on([demo.load, model.change], on_model, model, category, concurrency_limit=4, api_visibility="private")
+    gr.on([demo.load, model.change], on_model, model, [category, rate], concurrency_limit=4, api_visibility="private")
     return settings
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from rad.models.false_alarms import rate_note
+
 
 def one_sentence(action: Callable, markup: bool = False) -> Callable:
     """Shows the library's one-sentence errors as they are; `markup` where they are shown as HTML."""
@@ -97,5 +99,5 @@ def describe(
         f"<div class='verdict {kind}' role='status'><strong>{title}</strong><p>{where}{good}{hint}</p>"
         f"<p class='note'>Alarm set to {100 * rate:g} % of good parts. Compared with {num_good:,} good pictures, "
         f"which leave it between {100 * interval[0]:.1f} and {100 * interval[1]:.1f} % (95 % confidence); "
-        f"product: {html.escape(category)}, model: {html.escape(model)}.</p></div>"
+        f"product: {html.escape(category)}, model: {html.escape(model)}. {rate_note(rate, num_good)}</p></div>"
     )

@@ -20,7 +20,7 @@ from sklearn.covariance import LedoitWolf
 from rad import NormalityModel
 from rad.models import fitting
 from rad.models.evidence import SCORE_TYPES, Evidence
-from rad.models.false_alarms import score_threshold_at
+from rad.models.false_alarms import default_rate_of, rate_note, score_threshold_at
 from rad.models.fitting import Mirrored, Views
 from rad.models.gaussian import Moments, fit_gaussian, num_folds
 
@@ -602,6 +602,20 @@ def test_the_p_value_of_a_threshold_is_its_rate(model, rate):
 def test_thresholds_and_p_values_decide_alike(model, fresh, rate):
     scores = torch.cat([fresh[1]["fused"], model.good_scores[0]])
     assert torch.equal(model.p_value(scores) <= rate, scores.double() > model.score_threshold(rate))
+
+
+FEW = [(5, 0.2), (9, 0.1), (18, 0.1), (19, 0.05), (49, 0.02), (98, 0.02), (99, 0.01)]
+
+
+@pytest.mark.parametrize(("count", "rate"), FEW)
+def test_the_default_rate_is_the_smallest_that_so_many_good_images_tell(count, rate):
+    assert default_rate_of(count) == rate
+    assert (rate_note(rate, count) == "") == (count >= 99)
+    assert rate_note(0.001, count) == ""  # who asks for less knows
+
+
+def test_what_an_alarm_at_one_percent_takes_is_told():
+    assert rate_note(0.1, 12) == "An alarm at 1% takes 99 good images held out, 87 more."
 
 
 def test_score_thresholds_fall_with_the_rate(model):
