@@ -48,11 +48,11 @@ def main() -> int:
     with whole(path) as partial:
         overlay(image, output.anomaly_map[0], *pipeline.normality.heat_range()).save(partial)
     low, high = output.false_alarm_interval
-    verdict = "DEFECT" if output.is_anomalous[0] else "good"
+    verdict, count = "DEFECT" if output.is_anomalous[0] else "good", len(output.regions[0])
     odds = p_value_text(float(output.p_value[0]), pipeline.normality.p_value_resolution)
     print(
-        f"{args.image}: {verdict} ({output.category[0]}, {len(output.regions[0])} regions). Good parts look as odd as "
-        f"this in a share {odds} of cases; the alarm is set to {rate:.2%} (on "
+        f"{args.image}: {verdict} ({output.category[0]}, {count} region{'s' * (count != 1)}). Good parts look as odd "
+        f"as this in a share {odds} of cases; the alarm is set to {rate:.2%} (on "
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )

@@ -154,13 +154,14 @@ class RADFittingMixin:
         masks = torch.zeros(num_twins, map_size, map_size)
         with self.progress_bar(total=len(features)) as progress:
             for batch in batches(len(own), batch_size):
-                x_0, _ = processor.preprocess(own[batch])
+                x_0, sizes = processor.preprocess(own[batch])
                 prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
                 look(x_0, own_names[batch], batch.start)
                 for place, x in enumerate(x_0, batch.start):
                     if place * world + rank in to_mirror:
                         rng = np.random.default_rng([2, place * world + rank])
-                        turned = torch.stack([through_another_camera(one, rng) for one in mirror(x)])
+                        size = sizes[place - batch.start]
+                        turned = torch.stack([through_another_camera(one, rng, size) for one in mirror(x)])
                         views = self.feature_extractor(turned.to(self._execution_device))
                         copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
                         copied += [place] * len(views)
@@ -175,9 +176,9 @@ class RADFittingMixin:
             # 4. Look at some again, through another camera, and with defects on them
             for batch in batches(len(own_viewed), batch_size):
                 picked = own_viewed[batch]
-                x_0, _ = processor.preprocess([(good + held_out)[i] for _, i in picked])
+                x_0, sizes = processor.preprocess([(good + held_out)[i] for _, i in picked])
                 rngs = (np.random.default_rng([1, number]) for number, _ in picked)
-                x_0 = torch.stack([through_another_camera(x, rng) for x, rng in zip(x_0, rngs, strict=True)])
+                x_0 = torch.stack(list(map(through_another_camera, x_0, rngs, sizes)))
                 look(x_0, [names[i] for _, i in picked], len(own) + batch.start)
                 progress.update(len(x_0))
             for place, (number, i) in enumerate(own_sources):

@@ -1,5 +1,6 @@
 """The embedded checkpoints: what works with no network, out of the box."""
 
+import io
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from rad import RADPipeline
+from rad.data.synthetic import CATEGORIES, render
 from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 EXAMPLES = sorted((EMBEDDED_DIR / "examples").glob("*.png"))
@@ -50,6 +52,25 @@ def test_examples_are_judged_right(synthetic, path):
     assert output.category == [category]
     assert output.is_anomalous[0] == (kind != "good")
     assert bool(output.regions[0]) == (kind != "good")
+
+
+@pytest.mark.parametrize("quality", [95, 60])
+def test_good_parts_stay_good_as_jpeg(synthetic, paper, quality):
+    """Pictures that no model has seen, one of each category, and the papers' good examples: one alarm at most."""
+    rendered = [Image.fromarray(render(name, np.random.default_rng(99))[0]) for name in CATEGORIES]
+    papers = [Image.open(path).convert("RGB") for path in PAPERS if path.stem.endswith("good")]
+    alarms = 0
+    for pipeline, images in ((synthetic, rendered), (paper, papers)):
+        files = [io.BytesIO() for _ in images]
+        for image, file in zip(images, files, strict=True):
+            image.save(file, "JPEG", quality=quality)
+        alarms += int(pipeline(files).is_anomalous.sum())
+    assert len(rendered) == 8 and papers and alarms <= 1
+
+
+def test_one_scratch_is_one_region(synthetic):
+    output = synthetic(EMBEDDED_DIR / "examples" / "hex_nut_scratch.png")
+    assert len(output.regions[0]) == 1 and output.mask[0].mean() < 0.05
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=[path.stem for path in PAPERS])

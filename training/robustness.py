@@ -3,7 +3,8 @@
 
     python training/robustness.py --model my-model --data_dir my_test_photos
 
-Every change is made at the network's own resolution, where it does most; large photos lose it as they shrink.
+A change is made at the picture's own size, or at the network's resolution where that is smaller: there it does most,
+and large photos lose it as they shrink.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     found: dict[str, list[float]] = {change: [] for change in CHANGES}
     for i in tqdm(picked, desc="Scoring"):
         sample = dataset[i]
-        x_0, _ = pipeline.image_processor.preprocess([sample.image])
-        image = to_pil(x_0)[0]
+        x_0, sizes = pipeline.image_processor.preprocess([sample.image])
+        image = to_pil(x_0, [tuple(min(one, x_0.shape[-1]) for one in sizes[0])])[0]
         category = sample.category if sample.category in known else None
         output = pipeline([change(image) for change in CHANGES.values()], class_labels=category)
         for change, p_value in zip(CHANGES, output.p_value.tolist(), strict=True):

@@ -51,3 +51,18 @@ def test_an_input_of_the_networks_is_changed_likewise(picture):
     expected = torch.from_numpy(change_camera(picture, np.random.default_rng(0))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(view, expected, rtol=0, atol=0.02)  # compression may round another way
     assert view.shape == x_0.shape and view.abs().max() <= 1
+
+
+def test_a_small_photo_is_changed_at_its_own_size(picture):
+    """What is made at half the size is coarser; pictures of any shape keep theirs."""
+    x_0 = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
+
+    def fine(seed, size):
+        change = through_another_camera(x_0, np.random.default_rng(seed), size) - x_0
+        return (change[:, 1:] - change[:, :-1]).abs().mean() / change.std()
+
+    assert np.mean([fine(seed, (32, 32)) < fine(seed, (640, 480)) for seed in range(20)]) > 0.8
+    same = [through_another_camera(x_0, np.random.default_rng(1), size) for size in (None, (64, 64), (640, 480))]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert through_another_camera(x_0, np.random.default_rng(1), (20, 50)).shape == x_0.shape
+    assert change_camera(picture[:30], np.random.default_rng(0)).shape == (30, 64, 3)
