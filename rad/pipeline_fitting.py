@@ -51,6 +51,7 @@ class RADFittingMixin:
         accelerator: "accelerate.Accelerator | None" = None,
         num_noise_samples: int | None = None,
         generator: torch.Generator | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
         **config: Any,
     ) -> Any:
         """Fits what good images look like, in place and with no training: less than a second an image. Where this
@@ -69,6 +70,7 @@ class RADFittingMixin:
                 and all get the same statistics.
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             generator: In the place of `seed`, as in scoring.
+            sizes: Of photos that come resized: their own (height, width), the held-out ones' last.
             config: Further arguments of `NormalityModel`. `weights` and `image_weights` that are not given are chosen
                 on some of these images with defects put on them; `pixel_range` is found in the images; others are by
                 default those of the present one. Up to 96 looks at such defects are taken in any case, to tell how
@@ -102,6 +104,8 @@ class RADFittingMixin:
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         share = slice(rank, None, world)
         own, own_names = (good + held_out)[share], names[share]
+        if sizes is not None and len(sizes) != len(names):
+            raise ValueError(f"{len(sizes)} sizes were given for {len(names)} images.")
         unscored = len(good[share]) if held_out else 0
 
         def reduce(part: torch.Tensor) -> torch.Tensor:
@@ -154,14 +158,14 @@ class RADFittingMixin:
         masks = torch.zeros(num_twins, map_size, map_size)
         with self.progress_bar(total=len(features)) as progress:
             for batch in batches(len(own), batch_size):
-                x_0, sizes = processor.preprocess(own[batch])
+                x_0, own_sizes = processor.preprocess(own[batch])
                 prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
                 look(x_0, own_names[batch], batch.start)
                 for place, x in enumerate(x_0, batch.start):
                     if place * world + rank in to_mirror:
                         rng = np.random.default_rng([2, place * world + rank])
-                        size = sizes[place - batch.start]
-                        turned = torch.stack([through_another_camera(one, rng, size) for one in mirror(x)])
+                        shape = sizes[place * world + rank] if sizes else own_sizes[place - batch.start]
+                        turned = torch.stack([through_another_camera(one, rng, shape) for one in mirror(x)])
                         views = self.feature_extractor(turned.to(self._execution_device))
                         copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
                         copied += [place] * len(views)
@@ -176,9 +180,10 @@ class RADFittingMixin:
             # 4. Look at some again, through another camera, and with defects on them
             for batch in batches(len(own_viewed), batch_size):
                 picked = own_viewed[batch]
-                x_0, sizes = processor.preprocess([(good + held_out)[i] for _, i in picked])
+                x_0, own_sizes = processor.preprocess([(good + held_out)[i] for _, i in picked])
+                shapes = [sizes[i] for _, i in picked] if sizes else own_sizes
                 rngs = (np.random.default_rng([1, number]) for number, _ in picked)
-                x_0 = torch.stack(list(map(through_another_camera, x_0, rngs, sizes)))
+                x_0 = torch.stack(list(map(through_another_camera, x_0, rngs, shapes)))
                 look(x_0, [names[i] for _, i in picked], len(own) + batch.start)
                 progress.update(len(x_0))
             for place, (number, i) in enumerate(own_sources):

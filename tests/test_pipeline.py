@@ -472,6 +472,19 @@ def test_mirrored_copies_and_views_enter_the_fit(small_pipeline_without_normalit
     assert not torch.allclose(pipeline.normality.feature_mean[0], own, rtol=1e-2, atol=1e-2)
 
 
+def test_views_are_made_at_the_photos_own_size(small_pipeline_without_normality, good_images):
+    """Also of several batches, and where photos come resized and their sizes are told."""
+    pipeline, small = small_pipeline_without_normality, [image.resize((20, 24)) for image in good_images]
+    enlarged = [pipeline.image_processor.resize(image)[0] for image in small]
+    means = [
+        pipeline.fit_normality(images, batch_size=5, gaussian_channels=8, **sizes).normality.feature_mean.clone()
+        for images, sizes in ((small, {}), (enlarged, {"sizes": [(24, 20)] * 12}), (enlarged, {}))
+    ]
+    assert torch.equal(means[0], means[1]) and not torch.allclose(means[0], means[2], atol=1e-2)
+    with pytest.raises(ValueError, match="3 sizes were given for 12 images"):
+        pipeline.fit_normality(small, sizes=[(24, 20)] * 3)
+
+
 def test_fit_normality_refits_on_other_products(small_pipeline_without_normality, good_images):
     pipeline = small_pipeline_without_normality
     with pytest.raises(ValueError, match="fit_normality"):

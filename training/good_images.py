@@ -57,6 +57,7 @@ class GoodImages:
         dataset: The good images.
         processor: Knows their size and range.
         readable: Indices of the images that can be read, of which `decoded` has all or, without --cache_images, none.
+        sizes: Own height and width of each of them.
         train, holdout: Indices of the images to train on and of those held out.
         summary: What was read as what.
         tested: The test split and what it can be measured by, if it is to be measured.
@@ -66,6 +67,7 @@ class GoodImages:
     processor: RADImageProcessor
     readable: list[int]
     decoded: DecodedImages
+    sizes: dict[int, tuple[int, int]]
     train: list[int]
     holdout: list[int]
     summary: DataSummary
@@ -94,10 +96,10 @@ def read_images(args: argparse.Namespace, dataset: AnomalyDataset, resolution: i
     told = tested[1].all_sentences() if tested else []
     notes = summary.notes + [without_folder(sentence, args) for sentence in told]
     summary = replace(summary, notes=notes, pixel_range=pixel_range)
-    readable, decoded = decode_images(args, dataset, sorted(chosen), processor, show_progress)
+    readable, decoded, sizes = decode_images(args, dataset, sorted(chosen), processor, show_progress)
     fraction = 0.0 if args.fit_only else 0.2 if args.holdout_fraction is None else args.holdout_fraction
     train, holdout = dataset.split_holdout(fraction, args.seed, readable)
-    return GoodImages(dataset, processor, readable, decoded, train, holdout, summary, tested)
+    return GoodImages(dataset, processor, readable, decoded, sizes, train, holdout, summary, tested)
 
 
 def find_range(args: argparse.Namespace, dataset: AnomalyDataset, indices: list[int]) -> tuple[tuple[int, int], int]:
@@ -127,9 +129,9 @@ def decode_images(
     indices: list[int],
     processor: RADImageProcessor,
     show_progress: bool,
-) -> tuple[list[int], DecodedImages]:
-    """Decodes images once; gives the indices of those that can be read, ascending, and what is kept of them, which
-    without --cache_images is nothing.
+) -> tuple[list[int], DecodedImages, dict[int, tuple[int, int]]]:
+    """Decodes images once; gives the indices of those that can be read, ascending, what is kept of them, which without
+    --cache_images is nothing, and each one's own height and width.
 
     Raises:
         ValueError: Names the images that cannot be read, unless they are to be skipped; images are of one colour, or
@@ -167,5 +169,7 @@ def decode_images(
             f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
         )
     readable = sorted(results)
+    own_sizes = {index: size for index, (_, size, _) in results.items()}
     kept = {index: results.pop(index)[0] for index in readable}
-    return readable, DecodedImages({index: image for index, image in kept.items() if image is not None})
+    decoded = DecodedImages({index: image for index, image in kept.items() if image is not None})
+    return readable, decoded, own_sizes

@@ -414,6 +414,7 @@ def main(args: argparse.Namespace) -> None:
         holdout_images=[image[i] for i in holdout] or None,
         categories=[category[i] for i in train],
         holdout_categories=[category[i] for i in holdout] or None,
+        sizes=[data.sizes[i] for i in train + holdout],
         accelerator=accelerator,
         pixel_range=processor.pixel_range,
         darkest_peak=processor.darkest_peak,

@@ -340,6 +340,8 @@ def test_a_product_of_ones_own(page, good_images, tmp_path):
     page.get_by_role("button", name="Inspect", exact=True).click()
     expect(page.locator(".verdict").first).to_contain_text("Compared with 12 good pictures")
     expect(page.locator(".verdict").first).to_contain_text("product: brick wall")
+    expect(page.locator(".verdict").first).to_contain_text("Alarm set to 10 %")  # what a dozen pictures can tell
+    expect(page.locator(".verdict").first).to_contain_text("takes 99 good images held out, 87 more")
 
 
 def test_models(page, hub, pipeline):
