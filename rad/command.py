@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .data.inputs import list_inputs
@@ -53,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> ar
     parser.add_argument("--masks", action="store_true", help="Write the regions of each picture, PNG of 0 and 255.")
     parser.add_argument("--maps", choices=("png", "npy"), help="Write anomaly maps, as 16-bit PNG or float32 npy.")
     parser.add_argument(
-        "--overwrite", action="store_true", help="Begin anew where the folder holds other predictions."
+        "--overwrite", action="store_true", help="Begin anew where the folder holds rows with other settings."
     )
     return parser.parse_args(argv)
 
@@ -66,13 +68,14 @@ def main(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(message)s")
     batch_size, num_threads = (as_integer(getattr(args, name), name, 1) for name in ("batch_size", "num_threads"))
-    state = PartialState(cpu=args.device == "cpu")
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # shares may end hours apart
     is_main, folder = state.is_main_process, Path(args.output).expanduser()
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 
     # 1. What there is to do
     found = list_inputs(args.inputs)
     with contextlib.closing(found):
+        found.leave_out(folder)
         for reason, names in found.left_out.items():
             logger.info(
                 f"Left out, {reason}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}."
@@ -84,8 +87,12 @@ def main(args: argparse.Namespace) -> int:
         rate = settings["false_alarm_rate"]
         predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
         state.wait_for_everyone()
-        done = predictions.rows()
+        done = {name for name, row in predictions.rows().items() if not row["error"]}
         remaining = [source for source in found.sources if source.name not in done]
+        if state.num_processes > 1:  # a file that comes while all list them must shift nobody's share
+            (names,) = broadcast_object_list([[source.name for source in remaining]])
+            by_name = {source.name: source for source in remaining}
+            remaining = [by_name[name] for name in names if name in by_name]
         if num_done := len(found.sources) - len(remaining):
             logger.info(f"{num_done} of {len(found.sources)} pictures are there already.")
         state.wait_for_everyone()  # before anyone writes
@@ -103,10 +110,10 @@ def main(args: argparse.Namespace) -> int:
     names = {source.name for source in found.sources}
     merged = predictions.merge([source.name for source in found.sources])
     verdicts = [row["verdict"] for row in merged if row["path"] in names]
-    bad, failed = verdicts.count("defect"), verdicts.count("error")
+    bad, failed = verdicts.count("defect"), verdicts.count("error") + len(names) - len(verdicts)
     told = f" {failed} could not be judged: see their errors." if failed else ""
     logger.info(
-        f"{bad} of {len(verdicts) - failed} pictures are defective, at a false-alarm rate of "
+        f"{bad} of {len(names) - failed} pictures are defective, at a false-alarm rate of "
         f"{rate:.2%}.{told} Rows: {folder.resolve()}/predictions.csv and .jsonl"
     )
     if note := rate_note(rate, pipeline.normality.config.num_scores):

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
+from .data.camera import change_camera
 from .data.defects import add_defect
 from .data.drawing import turn
 from .data.pasting import paste_defects
@@ -265,6 +266,7 @@ class RADLoaderMixin(DiffusionPipeline):
             check_images,
             turn,
             add_defect,
+            change_camera,
             paste_defects,
             defective_twins,
             RADFittingMixin,

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,14 @@ from .evaluation import fingerprint
 from .files import whole
 from .image_processor import overlay
 from .image_reader import decode, read
-from .pipeline_arguments import rate_of
+from .pipeline_arguments import check_labels, rate_of
 from .pipeline_rad import RADPipeline
 from .visualization import encode_map
 
 COLUMNS = ("path", "verdict", "p_value", "score", "regions", "anomalous_share", "category", "seconds", "error")
 READ_AHEAD = 2  # batches that are decoded while the networks are busy
 NAME = "predictions"
+PART = re.compile(rf"{NAME}(-\d+-of-\d+)?\.jsonl")  # of one process
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Predictions:
     Args:
         folder: Where to write. What an interrupted run of the same model and settings wrote is gone on with.
         settings: All that rows depend on, with names and values of JSON.
-        overwrite: Begin anew where the folder holds others' predictions.
+        overwrite: Begin anew where the folder holds predictions with other settings.
         rank, num_processes: This one's and how many there are.
 
     Raises:
@@ -65,34 +67,41 @@ class Predictions:
     ) -> None:
         self.folder, self.rank, self.num_processes = folder, rank, num_processes
         folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "settings.json"
+        known = folder / f"{NAME}-settings.json"
         if rank == 0:
-            if overwrite:
-                for path in (known, *folder.glob(f"{NAME}*.jsonl"), folder / f"{NAME}.csv"):
-                    path.unlink(missing_ok=True)
-            if known.exists() and (before := json.loads(known.read_text(encoding="utf-8"))) != settings:
+            before = _settings(known) if known.exists() else settings
+            if before != settings:
                 changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-                raise ValueError(
-                    f"{folder} holds predictions with another {', '.join(changed)}: give another folder, or "
-                    "--overwrite to replace them."
-                )
+                if not overwrite:
+                    raise ValueError(
+                        f"{folder} holds predictions with another {', '.join(changed)}: give another folder, or "
+                        "--overwrite to replace them."
+                    )
+                for path in (*self._parts(), folder / f"{NAME}.csv"):
+                    path.unlink(missing_ok=True)
             with whole(known) as partial:
                 partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob(f"{NAME}*.jsonl") if PART.fullmatch(path.name))
+
     def rows(self) -> dict[str, dict[str, Any]]:
-        """All that is written, by name, of all processes; a last line that is not whole was being written."""
+        """All that is written, by name, of all processes; a last line that is not whole was being written, and a row
+        with an error gives way to one without."""
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob(f"{NAME}*.jsonl")):
+        for path in self._parts():
             for line in path.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):
                     row = json.loads(line)
-                    found.setdefault(row["path"], row)
+                    if row["path"] not in found or found[row["path"]]["error"]:
+                        found[row["path"]] = row
         return found
 
     def append(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Writes rows as they come, and passes them on; both files hold all of a row, or none of it that counts."""
         part = f"-{self.rank}-of-{self.num_processes}" if self.num_processes > 1 else ""
         path, before = self.folder / f"{NAME}{part}.jsonl", self.rows() if self.num_processes == 1 else {}
+        before = {name: row for name, row in before.items() if not row["error"]}  # these are tried again
         if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
             with whole(path) as partial:
                 partial.write_bytes(content[: content.rfind(b"\n") + 1])
@@ -103,7 +112,8 @@ class Predictions:
                     lines.flush()
                     yield row
                 return
-            with open(self.folder / f"{NAME}.csv", "w", newline="", encoding="utf-8") as table:
+            table_path = self.folder / f"{NAME}.csv"
+            with open(table_path, "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
                 table.write(to_csv(before.values(), heading=True))
                 for row in rows:
                     lines.write(json.dumps(row) + "\n")
@@ -115,11 +125,11 @@ class Predictions:
         """One table of all processes' rows, in the order of the names; rows of no name come last."""
         rows, place = self.rows(), {name: i for i, name in enumerate(names)}
         ordered = sorted(rows.values(), key=lambda row: place.get(row["path"], len(place)))
-        parts = [path for path in self.folder.glob(f"{NAME}*.jsonl") if path.name != f"{NAME}.jsonl"]
+        parts = [path for path in self._parts() if path.name != f"{NAME}.jsonl"]
         texts = {".jsonl": "".join(json.dumps(row) + "\n" for row in ordered), ".csv": to_csv(ordered, heading=True)}
         for suffix, text in texts.items():
             with whole(self.folder / f"{NAME}{suffix}") as partial:
-                partial.write_text(text, encoding="utf-8", newline="")
+                partial.write_bytes(text.encode(errors="backslashreplace"))
         for path in parts:
             path.unlink()
         return ordered
@@ -128,9 +138,10 @@ class Predictions:
 def settings_of(
     pipeline: RADPipeline, false_alarm_rate: float | None, category: str | None, outputs: Outputs
 ) -> dict[str, Any]:
-    """All that rows depend on, for `Predictions`."""
+    """All that rows depend on, for `Predictions`; raises ValueError for what the pipeline does not know."""
     if pipeline.normality is None:
         raise ValueError("The pipeline has no normality model: call fit_normality first.")
+    check_labels(category, 1, pipeline.categories)
     rate = rate_of(false_alarm_rate, pipeline.normality)
     own = {"false_alarm_rate": rate, "category": category, **asdict(outputs)}
     return {"model": fingerprint(pipeline, {}).hexdigest()[:16], **own}
@@ -162,9 +173,9 @@ def predict(
         outputs: What to write beside the rows.
 
     Yields:
-        `path`, `verdict` ("good", "defect" or "error"), `p_value`, `score`, `threshold`, `scores` by type, `regions`
-        (box, area and peak of each), `anomalous_share` of the picture, `category`, `seconds` and `error`; numbers are
-        None in a row with an error.
+        `path`, `place` (of its pictures in the output folders), `verdict` ("good", "defect" or "error"), `p_value`,
+        `score`, `threshold`, `scores` by type, `regions` (box, area and peak of each), `anomalous_share` of the
+        picture, `category`, `seconds` and `error`; numbers are None in a row with an error.
     """
     pending: deque[tuple[Source, Future]] = deque()
     remaining = iter(sources)
@@ -180,7 +191,7 @@ def predict(
             for i, (source, future) in enumerate(batch):
                 try:
                     images[i] = future.result()
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, RuntimeError) as error:
                     found[i] = _failed(source, error)
             try:
                 found |= _judge(pipeline, images, batch, false_alarm_rate, category, folder, outputs)
@@ -212,6 +223,7 @@ def _judge(
         source, mask = batch[i][0], output.mask[k]
         rows[i] = {
             "path": source.name,
+            "place": source.place,
             "verdict": "defect" if output.is_anomalous[k] else "good",
             "p_value": float(output.p_value[k]),
             "score": float(output.score[k]),
@@ -229,7 +241,7 @@ def _judge(
 
 def _failed(source: Source, error: Exception) -> dict[str, Any]:
     numbers = dict.fromkeys(("p_value", "score", "threshold", "scores", "regions", "anomalous_share", "category"))
-    return {"path": source.name, "verdict": "error", **numbers, "error": str(error)}
+    return {"path": source.name, "place": source.place, "verdict": "error", **numbers, "error": str(error)}
 
 
 def _write(
@@ -262,6 +274,14 @@ def _write(
     if outputs.maps == "npy":
         with whole(path_of("maps", ".npy")) as partial:
             np.save(partial, anomaly_map)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    return settings if isinstance(settings, dict) else {"settings file": "damaged"}
 
 
 def to_csv(rows: Any, heading: bool = False) -> str:

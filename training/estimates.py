@@ -18,7 +18,7 @@ from rad import RADPipeline
 from rad.data.batches import TrainingSampler
 from rad.losses import compute_losses
 from rad.models.fusion import KINDS
-from rad.pipeline_fitting import MAX_SOURCES
+from rad.pipeline_fitting import MAX_SOURCES, MAX_VIEWED
 
 logger = logging.getLogger("rad.train")
 
@@ -55,7 +55,8 @@ def estimate_time(
         return time.perf_counter() - start
 
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):  # leaves no trace
-        looks = num_images + len(KINDS) * min(num_images, MAX_SOURCES)  # some of them with defects, too
+        # Some of them also through another camera, and with defects
+        looks = num_images + min(num_images, MAX_VIEWED) + len(KINDS) * min(num_images, MAX_SOURCES)
         fit = 1.3 * seconds(3, args.resolution, False) * looks / accelerator.num_processes  # three timesteps
         text = f"{fit / 60:.0f} minutes for normality"
         if args.discriminator_steps and not args.fit_only:

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import mmap
+import os
 import re
 import tarfile
 import threading
@@ -21,6 +22,10 @@ from .listing import IMAGE_SUFFIXES, foreign, list_files
 MAX_BYTES = 100_000_000  # of one picture in an archive or behind a URL: their headings may claim anything
 MAX_MEMBERS = 1_000_000  # of one archive
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+
+class _TooManyError(ValueError):
+    """An archive has too many entries."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,16 @@ class Inputs:
     sources: list[Source] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     archives: list[zipfile.ZipFile | tarfile.TarFile] = field(default_factory=list)
+
+    def leave_out(self, folder: Path) -> None:
+        """Leaves out what lies in a folder that is written to."""
+        root, kept = folder.resolve(), []
+        for source in self.sources:
+            if "://" not in source.name and Path(source.name).resolve().is_relative_to(root):
+                self.skip("in the output folder", source.name)
+            else:
+                kept.append(source)
+        self.sources = kept
 
     def close(self) -> None:
         for archive in self.archives:
@@ -89,21 +104,32 @@ def _placed(sources: list[Source]) -> list[Source]:
     """The sources with places that are harmless whatever their names are, and each another's."""
     places = []
     for source in sources:
-        parts = [re.sub(r"[^\w.-]+", "_", part) for part in re.split(r"[/\\]", source.place or source.name)]
-        places.append("/".join(part[-100:] for part in parts[-8:] if part.strip("._")).rsplit(".", 1)[0] or "picture")
+        *folders, name = [part for part in re.split(r"[/\\]", source.place or source.name) if part.strip(".")][-8:]
+        parts = [*(folder.replace(".", "_") for folder in folders), name.rsplit(".", 1)[0]]
+        places.append("/".join(_harmless(part) for part in parts))
     counts = Counter(place.lower() for place in places)
     marked = [
-        place if counts[place.lower()] == 1 else f"{place}-{hashlib.sha256(source.name.encode()).hexdigest()[:12]}"
+        place if counts[place.lower()] == 1 else f"{place}-{_digest(source.name)}"
         for source, place in zip(sources, places, strict=True)
     ]
     return [replace(source, place=place) for source, place in zip(sources, marked, strict=True)]
+
+
+def _harmless(part: str) -> str:
+    """A file's name that is like another, of at most 120 bytes."""
+    plain = re.sub(r"[^\w.-]+", "_", part).encode(errors="replace")[-120:].decode(errors="ignore")
+    return plain.strip(".") or "picture"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def _add(name: str, found: Inputs, from_list: bool = False) -> None:
     if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
         _add_url(name, found)
         return
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         listing = list_files(path)
         found.sources += [Source(str(each), lambda each=each: each, _below(each, path)) for each in listing.images]
@@ -115,9 +141,9 @@ def _add(name: str, found: Inputs, from_list: bool = False) -> None:
     elif path.suffix.lower() == ".txt" and path.is_file() and not from_list:
         for line in path.read_text(encoding="utf-8-sig").splitlines():
             if (entry := line.strip()) and not entry.startswith("#"):
-                is_absolute = "://" in entry or Path(entry).expanduser().is_absolute()
-                _add(entry if is_absolute else str(path.parent / entry), found, from_list=True)
-    elif path.is_file() or from_list:  # named by someone: what is wrong with it stands in its row
+                is_whole = "://" in entry or os.path.isabs(os.path.expanduser(entry))
+                _add_listed(entry if is_whole else str(path.parent / entry), found)
+    elif path.is_file():  # named by someone: what is wrong with it stands in its row
         found.sources.append(Source(str(path), lambda: path, path.name))
     elif matches := sorted(glob.glob(str(path), recursive=True)):
         for match in map(Path, matches):
@@ -127,6 +153,18 @@ def _add(name: str, found: Inputs, from_list: bool = False) -> None:
                 found.skip(reason, str(match))
     else:
         raise FileNotFoundError(f"There is no file or folder {name}, and as a glob it matches nothing.")
+
+
+def _add_listed(entry: str, found: Inputs) -> None:
+    """A line of a list: what is wrong with it stands in its row."""
+
+    def refuse(error: Exception) -> bytes:
+        raise error
+
+    try:
+        _add(entry, found, from_list=True)
+    except (ValueError, OSError) as error:
+        found.sources.append(Source(entry, lambda error=error: refuse(error), entry))
 
 
 def _add_url(url: str, found: Inputs) -> None:
@@ -165,10 +203,16 @@ def _members(path: Path, found: Inputs) -> Iterator[Source]:
             found.archives.append(archive := zipfile.ZipFile(path))
         else:
             found.archives.append(archive := tarfile.open(path))
-            members = [member for member in itertools.islice(archive, MAX_MEMBERS + 1) if member.isfile()]
-            if len(members) > MAX_MEMBERS:
-                raise ValueError(f"{path} has more than {MAX_MEMBERS:,} entries.")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+            entries = list(itertools.islice(archive, MAX_MEMBERS + 1))
+            if len(entries) > MAX_MEMBERS:
+                raise _TooManyError(f"{path} has more than {MAX_MEMBERS:,} entries.")
+            members = [entry for entry in entries if entry.isfile()]
+            for entry in entries:
+                if entry.issym() or entry.islnk():
+                    found.skip("links in an archive", f"{path}/{entry.name}")
+    except _TooManyError:
+        raise
+    except Exception as error:  # zipfile, tarfile and each compression have errors of their own
         raise ValueError(f"{path} is damaged, or no archive ({error}).") from error
     lock = threading.Lock()  # an archive has one position
 
@@ -207,7 +251,7 @@ def list_members(path: Path, most: int) -> list[zipfile.ZipInfo]:
         # Before zipfile makes an object of each of the millions of entries that a hostile one may have
         entries = sum(1 for _ in itertools.islice(re.finditer(b"PK\x01\x02", content), most + 1))
     if entries > most:
-        raise ValueError(f"{path.name} has more than {most:,} entries.")
+        raise _TooManyError(f"{path.name} has more than {most:,} entries.")
     with zipfile.ZipFile(path) as archive:
         return [member for member in archive.infolist() if not member.is_dir()]
 

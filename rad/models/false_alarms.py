@@ -2,6 +2,7 @@
 
 Functions of three buffers of `NormalityModel`: the sorted scores of N held-out good images and the sorted peaks of
 their maps, float64 [N] each, and the map values that their pixels exceed at the probabilities `TAIL`, [len(TAIL)].
+Where good images were also seen through another camera, each number is the higher of both at its rank.
 """
 
 import functools
@@ -153,7 +154,7 @@ def outline(anomaly_map: np.ndarray, pixel_threshold: float, peak_threshold: flo
 
     Connected pixels above the threshold of pixels are a region, which counts if its peak is above that of peaks, as no
     region is on most good images, or if it is the highest one: the verdict has a place. A region reaches down to a
-    share of its peak, `EDGE`.
+    share of its peak, `EDGE`; of a weaker one that is connected with it, no more than that is left.
 
     Args:
         anomaly_map: Of the image, [H, W].
@@ -166,7 +167,10 @@ def outline(anomaly_map: np.ndarray, pixel_threshold: float, peak_threshold: flo
     peaks = np.append(np.inf, ndimage.maximum(anomaly_map, labelled, range(1, count + 1)))
     peaks[peaks < min(peak_threshold, peaks[1:].max())] = np.inf
     edges = np.where(peaks > 0, EDGE * peaks, pixel_threshold)
-    return anomaly_map > np.maximum(pixel_threshold, edges)[labelled]
+    mask = anomaly_map > np.maximum(pixel_threshold, edges)[labelled]
+    labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))  # a cut may leave parts of no peak of their own
+    peaks = np.append(-np.inf, ndimage.maximum(anomaly_map, labelled, range(1, count + 1)))
+    return (peaks >= min(peak_threshold, peaks.max()))[labelled]
 
 
 class FalseAlarmMixin:

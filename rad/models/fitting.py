@@ -215,7 +215,7 @@ class FittingMixin:
             mine = (row_label == label).nonzero().flatten()
             good = row_good[mine]
             self.map_scale[label, 0] = 1.0
-            fused = self._combine(z[mine[good]], self.map_scale[[label]])[FUSED].flatten()
+            fused = self._combine(z[mine[good]], self.map_scale[[label]])[FUSED].flatten()  # in units of images alone
             self.map_scale[label, 0] = Moments.of(fused, reduce).mean_and_std()[1]
             combined = self._combine(z[mine], self.map_scale[[label]])
             whole = distance[scored][mine].float()

@@ -35,9 +35,10 @@ PICTURES = (*IMAGE_SUFFIXES, ".zip")  # a zip among them is one that cannot be o
 HELP = f"""
 Drop {MIN_PICTURES} or more photos of **good** parts, all taken the same way (same camera, light and pose), or a zip of
 them. The network of the chosen model stays; what is fitted is *what your good parts look like to it*. That takes about
-half a second a photo, and again for each of up to 96 copies with a defect put on them, by which the model learns what
-to judge by. Files that are no pictures by their names, hidden files and thumbnails are left out. The model
-is yours alone, works in the other tabs at once, and is deleted when you leave: download it to keep it.
+half a second a photo, again as if through another camera, and again for each of up to 96 copies with a defect put on
+them, by which the model learns what to judge by. Files that are no pictures by their names, hidden files and
+thumbnails are left out. The model is yours alone, works in the other tabs at once, and is deleted when you leave:
+download it to keep it.
 """
 NEXT = """
 #### Use it anywhere
@@ -100,9 +101,9 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
 
     pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
-    pictures = [resized for resized, _ in each(processor.resize)]
+    pictures, sizes = map(list, zip(*each(processor.resize), strict=True))
     check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
-    return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak}, left_out
+    return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak, "sizes": sizes}, left_out
 
 
 def is_picture(name: str) -> bool:

@@ -48,7 +48,7 @@ def test_a_folder_is_read_with_all_below_it_and_foreign_files_are_named(folder):
 
 
 def test_globs_lists_and_files_name_each_picture_once(folder):
-    (folder / "list.txt").write_text("# mine\n\na/1.png\nb\n", encoding="utf-8")
+    (folder / "list.txt").write_text("# mine\n\na/1.png\nb/*\n", encoding="utf-8")
     found = list_inputs([f"{folder}/**/*.png", str(folder / "list.txt"), str(folder / "a" / "1.png")])
     assert names(found, folder) == ["a/1.png", "a/deep/2.png", "b/3.PNG"]
 
@@ -57,7 +57,9 @@ def test_a_file_that_is_named_is_taken_whatever_its_name(folder):
     (folder / "picture.bin").write_bytes(png())
     (folder / "list.txt").write_text("gone.png\n")
     found = list_inputs([str(folder / "picture.bin"), str(folder / "list.txt")])
-    assert names(found, folder) == ["picture.bin", "gone.png"]  # what is not there gets a row that says so
+    assert names(found, folder) == ["picture.bin", "gone.png"]
+    with pytest.raises(FileNotFoundError, match="gone.png"):  # in its row
+        found.sources[1].fetch()
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz"])
@@ -104,6 +106,9 @@ def test_bad_inputs_are_named(tmp_path):
         list_inputs([str(tmp_path / "empty")])
     with pytest.raises(ValueError, match=r"bad.zip is damaged, or no archive"):
         list_inputs([str(tmp_path / "bad.zip")])
+    (tmp_path / "bad.tar.xz").write_bytes(b"\xfd7zXZ\x00" + bytes(100))
+    with pytest.raises(ValueError, match=r"bad.tar.xz is damaged, or no archive"):
+        list_inputs([str(tmp_path / "bad.tar.xz")])
     with pytest.raises(ValueError, match="nosuch://a cannot be opened"):
         list_inputs(["nosuch://a"])
 
