@@ -199,10 +199,17 @@ class FittingMixin:
                     is_twin.nonzero().flatten(),
                 )
             )
-            priors = {name: self._asked[name] for name in chosen}
+            priors, is_trained = {name: self._asked[name] for name in chosen}, num_scored < len(labels)
             self.register_to_config(
                 **choose_weights(
-                    before, after, twins, priors, self._top_mean, reduce, (seen, views.numbers, views.total)
+                    before,
+                    after,
+                    twins,
+                    priors,
+                    self._top_mean,
+                    reduce,
+                    (seen, views.numbers, views.total),
+                    is_trained,
                 )
             )
 

@@ -18,7 +18,8 @@ NUM_ROUNDS = 3  # through all scores
 MIN_TWINS = 8  # fewer say too little: the prior stays
 # Of the squared distance from the prior's direction, divided by the number of good images that got defects. What an
 # image score gains is noisier than what a map does
-PULL = {"weights": 1.0, "image_weights": 0.65}
+PULL = {"weights": 0.25, "image_weights": 0.65}
+STRANGE = 4.0  # times as much for the map's, where denoiser and discriminator were trained on other products
 COST = 1e-3  # of a score: one that gains less is left out
 FAR = 3.0  # good images' deviations from which on a defect is found anyway
 RATES = np.geomspace(5e-4, 0.3, 30)  # of good positions called defective, at which defects are to be found
@@ -78,6 +79,7 @@ def choose_weights(
     top_mean: Callable[[torch.Tensor], torch.Tensor],
     reduce: Reduce,
     views: tuple[Look, list[int], int] | None = None,
+    is_trained: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Weights by which a product's own good images are best told from the same images with defects.
 
@@ -97,6 +99,8 @@ def choose_weights(
         reduce: Sums a tensor over processes.
         views: Good images through another camera, which are to be told from defects as well: those of this process,
             their numbers among all processes', and how many those are.
+        is_trained: Whether the networks were trained on this product. Those that were not find defects put on images,
+            which they know, better than others: of the map's weights the prior counts more.
 
     Returns:
         Weights in the place of the priors; the priors where there are fewer than `MIN_TWINS` twins.
@@ -151,7 +155,7 @@ def choose_weights(
     for argument, prior in priors.items():
         names = [name for name in (*good.maps, GLOBAL) if name in prior]
         start = np.array([prior[name] for name in names], float)
-        pull = PULL[argument] / num_good
+        pull = PULL[argument] / num_good * (STRANGE if argument == "weights" and not is_trained else 1.0)
         best = climb(of_map if argument == "weights" else of_image, names, start, pull)
         chosen[argument] = {**dict.fromkeys(prior, 0.0), **dict(zip(names, best.tolist(), strict=True))}
     return chosen
