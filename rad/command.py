@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
@@ -68,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(message)s")
     batch_size, num_threads = (as_integer(getattr(args, name), name, 1) for name in ("batch_size", "num_threads"))
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # shares may end hours apart
+    state = PartialState(cpu=args.device == "cpu")  # or what `training/predict.py` has made of it
     is_main, folder = state.is_main_process, Path(args.output).expanduser()
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -46,6 +47,31 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, cores // get_int_from_env(names, num_launched())))
 
 
+def join_processes(**kwargs: Any) -> PartialState:
+    """What the processes know of each other, each with its share of the cores.
+
+    Args:
+        kwargs: Of `PartialState`.
+
+    Raises:
+        ValueError: `accelerate launch` was asked for several processes and started one.
+    """
+    if launched() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and num_launched() == 1:
+        raise ValueError(
+            "accelerate launch starts several CPU processes only with MPI, or with "
+            "--config_file training/accelerate_configs/multi_cpu.yaml (and --num_processes, if not 2)."
+        )
+    state = PartialState(cpu=is_told_cpu(), **kwargs)
+    share_cores()
+    return state
+
+
+def is_told_cpu() -> bool:
+    """Whether accelerate must be told that processes run on the CPU: several and no accelerator it joins only so."""
+    several = num_launched() > 1
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+
+
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The accelerator, on as many processes and processor cores as were asked for.
 
@@ -53,21 +79,12 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         ValueError: `accelerate launch` was asked for several processes and started one, or for FSDP with --use_ema.
         ImportError: --report_to names a package that is not installed.
     """
-    started = num_launched()
-    if launched() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and started == 1:
-        raise ValueError(
-            "accelerate launch starts several CPU processes only with MPI, or with "
-            "--config_file training/accelerate_configs/multi_cpu.yaml (and --num_processes, if not 2)."
-        )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not args.fit_only:
         if args.use_ema:
             raise ValueError("FSDP cannot shard the averaged weights of --use_ema: add --no-use_ema.")
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP needs fsdp_version: 2, as in training/accelerate_configs/multi_node_fsdp.yaml.")
-    # Several processes and no accelerator: accelerate joins them only when told that they run on the CPU
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (started > 1 and not torch.accelerator.is_available())
-    on_cpu = PartialState(cpu=cpu).device.type == "cpu"
-    share_cores()
+    on_cpu = join_processes().device.type == "cpu"
     mixed_precision = None if args.mixed_precision == "auto" else args.mixed_precision
     emulates = not computes_bf16(torch.device("cpu"))
     if on_cpu and args.mixed_precision == "auto" and not emulates:
@@ -79,7 +96,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         wanted = "tensorboard" if args.report_to == "all" else args.report_to
         raise ImportError(f"--report_to {args.report_to} needs `pip install {wanted}`.")
     return Accelerator(
-        cpu=cpu,
+        cpu=is_told_cpu(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
