@@ -17,6 +17,7 @@ from .models.fusion import KINDS, Twins
 from .models.gaussian import MIN_GOOD, MIRRORED_IMAGES, check_counts, num_folds
 from .models.normality import NormalityModel
 from .pipeline_arguments import (
+    as_integer,
     as_list,
     as_seed,
     batches,
@@ -52,6 +53,7 @@ class RADFittingMixin:
         num_noise_samples: int | None = None,
         generator: torch.Generator | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        num_views: int = MAX_VIEWED,
         **config: Any,
     ) -> Any:
         """Fits what good images look like, in place and with no training: less than a second an image. Where this
@@ -71,6 +73,8 @@ class RADFittingMixin:
             num_noise_samples: Draws at each timestep, likewise; by default the present number, or the pipeline's own.
             generator: In the place of `seed`, as in scoring.
             sizes: Of photos that come resized: their own (height, width), the held-out ones' last.
+            num_views: How many of the scored images are also seen through another camera (`rad.data.camera`), at most;
+                0 for a fit that knows this camera alone.
             config: Further arguments of `NormalityModel`. `weights` and `image_weights` that are not given are chosen
                 on some of these images with defects put on them; `pixel_range` is found in the images; others are by
                 default those of the present one. Up to 96 looks at such defects are taken in any case, to tell how
@@ -132,7 +136,7 @@ class RADFittingMixin:
         num_scored = len(held_out) or len(good)
         sources = spread(names, num_scored, MAX_SOURCES)
         own_sources = [(number, i) for number, i in enumerate(sources) if i % world == rank]
-        viewed = spread(names, num_scored, MAX_VIEWED)
+        viewed = spread(names, num_scored, as_integer(num_views, "num_views", 0))
         own_viewed = [(number, i) for number, i in enumerate(viewed) if i % world == rank]
         num_looks, num_twins = len(own) + len(own_viewed), len(KINDS) * len(own_sources)
         features = torch.empty(
@@ -165,7 +169,9 @@ class RADFittingMixin:
                     if place * world + rank in to_mirror:
                         rng = np.random.default_rng([2, place * world + rank])
                         shape = sizes[place * world + rank] if sizes else own_sizes[place - batch.start]
-                        turned = torch.stack([through_another_camera(one, rng, shape) for one in mirror(x)])
+                        turned = mirror(x)
+                        if num_views:
+                            turned = torch.stack([through_another_camera(one, rng, shape) for one in turned])
                         views = self.feature_extractor(turned.to(self._execution_device))
                         copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
                         copied += [place] * len(views)

@@ -472,6 +472,17 @@ def test_mirrored_copies_and_views_enter_the_fit(small_pipeline_without_normalit
     assert not torch.allclose(pipeline.normality.feature_mean[0], own, rtol=1e-2, atol=1e-2)
 
 
+def test_a_fit_without_views_knows_the_images_and_mirrored_ones_alone(small_pipeline_without_normality, good_images):
+    pipeline = small_pipeline_without_normality
+    pipeline.fit_normality(good_images[:6], num_views=0)
+    x_0, _ = pipeline.image_processor.preprocess(good_images[:6])
+    with torch.no_grad():
+        parts = [pipeline.feature_extractor(x) for x in (x_0, torch.cat([mirror(x) for x in x_0]))]
+        own, copies = (pipeline.normality.project(x).mean(0) for x in parts)
+    expected = (6 * own + 20 * copies) / 26
+    torch.testing.assert_close(pipeline.normality.feature_mean[0], expected, rtol=1e-2, atol=1e-2)
+
+
 def test_views_are_made_at_the_photos_own_size(small_pipeline_without_normality, good_images):
     """Also of several batches, and where photos come resized and their sizes are told."""
     pipeline, small = small_pipeline_without_normality, [image.resize((20, 24)) for image in good_images]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import sys
 import zipfile
 from itertools import islice
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rad import __main__ as command_line
 from rad import command
 from rad.data.inputs import list_inputs
 from rad.image_reader import read
@@ -224,7 +224,9 @@ def test_memory_holds_a_few_batches(pipeline, photos):
 def test_the_command_line_knows_it(monkeypatch, photos, model, tmp_path):
     flags = ["--model", str(model), "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["rad", "predict", str(photos / "0.png"), *flags])
-    assert command_line.main() == 0 and len(rows_of(tmp_path)) == 1
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("rad", run_name="__main__")
+    assert stop.value.code == 0 and len(rows_of(tmp_path)) == 1
     assert json.loads((tmp_path / "predictions-settings.json").read_text())["model"]
 
 

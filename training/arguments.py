@@ -78,7 +78,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add(
         "--camera_prob",
         type=fraction,
-        help="Share of images seen through another camera (exposure, focus, noise, compression); 0.25, or 0 likewise.",
+        help="Share of images seen through another camera (exposure, focus, noise, compression); 0.25, or 0 likewise. "
+        "With 0 the fit sees none, either.",
     )
     add(
         "--label_dropout",

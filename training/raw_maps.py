@@ -134,6 +134,7 @@ def refit(
         holdout_categories=[dataset.samples[i].category for i in holdout],
         batch_size=batch_size,
         accelerator=accelerator,
+        num_views=0,  # as the ablations' own statistics
         **{name: config[name] for name in KEPT},
     )
     if accelerator.is_main_process:

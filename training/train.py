@@ -415,6 +415,7 @@ def main(args: argparse.Namespace) -> None:
         categories=[category[i] for i in train],
         holdout_categories=[category[i] for i in holdout] or None,
         sizes=[data.sizes[i] for i in train + holdout],
+        **({"num_views": 0} if args.camera_prob == 0 else {}),
         accelerator=accelerator,
         pixel_range=processor.pixel_range,
         darkest_peak=processor.darkest_peak,
