@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
         categories=[names[i] for i in train],
         holdout_categories=[names[i] for i in holdout],
         gaussian_channels=16,
+        num_views=0,
     )
     pipeline.save_pretrained(root / "model")
     return root
@@ -160,7 +161,7 @@ def test_on_pasted_defects_scores_are_those_of_a_pipeline_that_saw_the_other_hal
     fitted, scored = ([dataset.samples[i].image for i in part] for part in (train, statistics))
     names, scored_names = ([dataset.samples[i].category for i in part] for part in (train, statistics))
     kept = {name: pipeline.normality.config[name] for name in ("weights", "image_weights")}
-    pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16, **kept)
+    pipeline.fit_normality(fitted, scored, names, scored_names, gaussian_channels=16, **kept, num_views=0)
     images = DrawnDefects(AnomalyDataset([dataset.samples[i] for i in others]), 4)
     output = score_all(pipeline, images)
     for name in output.scores:
