@@ -133,16 +133,18 @@ class FittingMixin:
         of_own = torch.stack([label_of, fold_of, place], dim=1)[shown]
         of_own = torch.cat([of_own, of_own[views.sources], of_own[twins.sources if twins else []]])
         numbers = torch.tensor(views.numbers, dtype=torch.long)
-        kind = torch.arange(3).repeat_interleave(torch.tensor([len(shown), len(views.sources), num_twins]))
-        is_good, is_view, is_twin = (kind == k for k in range(3))
+        sort = torch.arange(3).repeat_interleave(torch.tensor([len(shown), len(views.sources), num_twins]))
+        is_good, is_view, is_twin = (sort == k for k in range(3))
         of_own[is_view, 2] = num_scored + numbers
         good_rows = torch.cat([shown, len(labels) + numbers])
         everyone = torch.zeros(len(labels) + views.total, summaries.shape[1], dtype=torch.float64)
         of_all = torch.zeros(len(everyone), 2, dtype=torch.long)
         everyone[good_rows], of_all[good_rows] = summaries[~is_twin].double(), of_own[~is_twin, :2]
-        everyone, of_all = reduce(everyone), reduce(of_all).unbind(1)
+        everyone, of_all = reduce(everyone), reduce(of_all)
         label_of, fold_of, place = of_own.unbind(1)
-        gaussian, distance = fit_held_out_summaries(everyone, *of_all, summaries.double(), label_of, fold_of)
+        gaussian, distance = fit_held_out_summaries(
+            everyone, of_all[:, 0], of_all[:, 1], summaries.double(), label_of, fold_of
+        )
         for buffer, value in zip(("global_mean", "global_std"), gaussian, strict=False):
             self.get_buffer(buffer).copy_(value)
         self.global_whitening.copy_(pack_triangle(gaussian[2]))
@@ -155,7 +157,7 @@ class FittingMixin:
         for label, count in enumerate(counts):
             mine, folds = (label_of == label).nonzero().flatten(), range(num_folds(count))
             fold, good, view, held = fold_of[mine], is_good[mine], is_view[mine], scored[mine]
-            num_views, grids = int((of_all[0][len(labels) :] == label).sum()), []
+            num_views, grids = int((of_all[len(labels) :, 0] == label).sum()), []
             for kind, looks in (("residual", residuals), ("feature", features)):
                 x = torch.cat([self.project(looks[chunk], kind) for chunk in mine.split(64)])
                 more = [(x[view], fold[view], min(VIEW_IMAGES, num_views))]
@@ -226,9 +228,9 @@ class FittingMixin:
             self.map_scale[label, 0] = Moments.of(fused, reduce).mean_and_std()[1]
             combined = self._combine(z[mine], self.map_scale[[label]])
             whole = distance[scored][mine].float()
-            values = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
+            image_scores = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
             folds = range(num_folds(count))
-            usual, values = good | is_view[scored][mine], torch.stack(values, dim=1)
+            usual, values = good | is_view[scored][mine], torch.stack(image_scores, dim=1)
             *units, held = fit_held_out_scores(values, row_fold[mine], usual, folds, reduce)
             self.score_location[label], self.score_scale[label] = units
             fused_scores[mine], places = held[:, 0], place[scored][mine][usual]
@@ -239,11 +241,11 @@ class FittingMixin:
         # over the categories whose units they share
         self.good_scores.copy_(higher(reduce(scores), num_scored))
         self.good_peaks.copy_(higher(reduce(maps.amax((2, 3))), num_scored))
-        for column, values in enumerate(maps):
-            parts = [part.flatten().sort().values for part in reduce(values).split([num_scored, views.total])]
-            ranks = [np.round((1.0 - TAIL) * (len(part) - 1)).astype(int) for part in parts if len(part)]
-            quantiles = [part[rank] for part, rank in zip(parts, ranks, strict=False)]
-            self.pixel_quantiles[column] = torch.stack(quantiles).amax(0)
+        for column, of_type in enumerate(maps):
+            pixels = [part.flatten().sort().values for part in reduce(of_type).split([num_scored, views.total])]
+            of_rates = [np.round((1.0 - TAIL) * (len(part) - 1)).astype(int) for part in pixels if len(part)]
+            found = [part[rank] for part, rank in zip(pixels, of_rates, strict=False)]
+            self.pixel_quantiles[column] = torch.stack(found).amax(0)
         if twins is not None:
             p_value = p_values(fused_scores[is_twin], self.good_scores[0].double())
             self.register_to_config(found=count_found(p_value, twins, reduce))
