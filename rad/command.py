@@ -22,7 +22,7 @@ logger = logging.getLogger("rad.predict")
 DESCRIPTION = """Scores many pictures: predictions.jsonl and predictions.csv get a row for each as it comes.
 
     python -m rad predict photos --model my-model --output results
-    accelerate launch --num_processes 2 training/predict.py photos --model my-model --output results
+    accelerate launch --multi_gpu training/predict.py photos --model my-model --output results
 
 The same command goes on where it stopped. Exit status: 0 if all pictures were judged, 4 if some could not be (their
 rows say why), 2 for an error.

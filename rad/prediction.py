@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import time
 from collections import deque
@@ -105,21 +106,18 @@ class Predictions:
         if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
             with whole(path) as partial:
                 partial.write_bytes(content[: content.rfind(b"\n") + 1])
-        with open(path, "a", encoding="utf-8") as lines:
-            if self.num_processes > 1:
-                for row in rows:
-                    lines.write(json.dumps(row) + "\n")
-                    lines.flush()
-                    yield row
-                return
-            table_path = self.folder / f"{NAME}.csv"
-            with open(table_path, "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
-                table.write(to_csv(before.values(), heading=True))
-                for row in rows:
-                    lines.write(json.dumps(row) + "\n")
-                    table.write(to_csv([row]))
-                    lines.flush(), table.flush()
-                    yield row
+        # One of several processes leaves the table to `merge`
+        table_path = os.devnull if self.num_processes > 1 else self.folder / f"{NAME}.csv"
+        with (
+            open(path, "a", encoding="utf-8") as lines,
+            open(table_path, "w", newline="", encoding="utf-8", errors="backslashreplace") as table,
+        ):
+            table.write(to_csv(before.values(), heading=True))
+            for row in rows:
+                lines.write(json.dumps(row) + "\n")
+                table.write(to_csv([row]))
+                lines.flush(), table.flush()
+                yield row
 
     def merge(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """One table of all processes' rows, in the order of the names; rows of no name come last."""

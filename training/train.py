@@ -406,6 +406,7 @@ def main(args: argparse.Namespace) -> None:
         "context": args.context,
         "gaussian_size": args.gaussian_size,
         "gaussian_channels": args.gaussian_channels,
+        "num_views": 0 if args.camera_prob == 0 else None,
     }
     start = time.monotonic()
     warnings.filterwarnings("ignore", message=".* are copies of others")  # told when they were decoded
@@ -415,7 +416,6 @@ def main(args: argparse.Namespace) -> None:
         categories=[category[i] for i in train],
         holdout_categories=[category[i] for i in holdout] or None,
         sizes=[data.sizes[i] for i in train + holdout],
-        **({"num_views": 0} if args.camera_prob == 0 else {}),
         accelerator=accelerator,
         pixel_range=processor.pixel_range,
         darkest_peak=processor.darkest_peak,

@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from rad import NormalityModel, RADPipeline
 from rad.hub import one_sentence
-from rad.models.false_alarms import DEFAULT_RATES
+from rad.pipeline_arguments import rate_of
 from rad.pipeline_loading import EMBEDDED_DIR, EMBEDDED_MODELS
 
 from . import visitors
@@ -210,8 +210,7 @@ def categories(model: str) -> list[str]:
 
 def default_rate(model: str) -> float:
     """The false-alarm rate that a model's good pictures can tell; the usual one if it knows none yet."""
-    known = pipeline(model).normality
-    return DEFAULT_RATES[0] if known is None else known.default_rate
+    return rate_of(None, pipeline(model).normality)
 
 
 def title(model: str) -> str:

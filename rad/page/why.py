@@ -10,11 +10,10 @@ from rad.models.evidence import SCORE_TYPES
 
 from . import models, visitors
 from .inspection import Inspection
-from .look import empty, flipbook, flipbook_value, strip
+from .look import DEFAULT_RATE, empty, flipbook, flipbook_value, strip
 from .settings import Settings
 from .words import handler, odds
 
-PASS_RATE = 0.01  # of false alarms, at which a restored picture is to pass
 LEVELS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.6)  # of the respaced chain; RAN scores at the first, the third and the fifth
 MAX_FRAMES = 50
 MAP_SIDE = 256
@@ -54,7 +53,7 @@ def explain(inspection: Inspection) -> RADDenoisingOutput:
 
 
 def restore(inspection: Inspection) -> RADRestorationOutput:
-    settings = {"class_labels": inspection.category, "false_alarm_rate": PASS_RATE}
+    settings = {"class_labels": inspection.category, "false_alarm_rate": DEFAULT_RATE}
     return models.run(inspection.model, "restore", inspection.view, **settings)
 
 
@@ -104,7 +103,7 @@ def restoration_words(restored: RADRestorationOutput, resolution: float) -> str:
             f"{len(distances) - 1} steps. 0 is a typical good part; 1 is a standard deviation of good parts."
         )
     passes = "still does not pass" if restored.is_anomalous[0] else "passes"
-    return f"{moved} Inspected again it **{passes}** as good at {100 * PASS_RATE:g} % of false alarms ({often})."
+    return f"{moved} Inspected again it **{passes}** as good at {100 * DEFAULT_RATE:g} % of false alarms ({often})."
 
 
 # -- handlers ---------------------------------------------------------------------------------------------------------
