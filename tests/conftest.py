@@ -13,6 +13,8 @@ os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = HOME.name
 os.environ["HF_TOKEN"] = ""
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave a shared core to others
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import gradio as gr
 import numpy as np

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ def pixels_of(images) -> np.ndarray:
 def column(paths):
     """What a user of `datasets` has."""
     return Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", ImageFeature())["image"]
+
+
+def written(value) -> str:
+    """A parameter in its test's name: as in any other process, so without addresses."""
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 class Pipe(io.BytesIO):
@@ -130,13 +136,13 @@ def test_what_is_no_image_is_refused_in_one_sentence(pipeline, image, message):
 INTEGERS = [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])]
 
 
-@pytest.mark.parametrize("value", INTEGERS, ids=repr)
+@pytest.mark.parametrize("value", INTEGERS, ids=written)
 def test_integers_of_all_kinds(value):
     assert as_integer(value, "n", 1) == 3 and type(as_integer(value, "n", 1)) is int
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.True_, torch.tensor(True), 3.0, "3", None, [3], torch.tensor(3.0), 0], ids=repr
+    "value", [True, np.True_, torch.tensor(True), 3.0, "3", None, [3], torch.tensor(3.0), 0], ids=written
 )
 def test_all_else_is_no_integer(value):
     message = "n must be at least 1, got 0" if type(value) is int else "n must be a whole number, got"
@@ -165,7 +171,7 @@ def test_all_else_is_no_integer(value):
         {"map_size": torch.tensor([64, 64])},
         {"map_size": [np.int64(64), 64]},
     ],
-    ids=repr,
+    ids=written,
 )
 def test_numbers_of_numpy_and_torch_are_python_s(pipeline, good_images, arguments):
     output, expected = pipeline(good_images[0], **arguments), pipeline(good_images[0])
@@ -208,7 +214,7 @@ def test_rates_of_single_precision(pipeline, good_images):
         ({"output_type": "latent"}, "output_type must be 'np', 'pt' or 'pil'"),
         ({"output_type": "pil", "mode": "paper"}, "paper mode knows none"),
     ],
-    ids=repr,
+    ids=written,
 )
 def test_arguments_are_refused_in_one_sentence(pipeline, good_images, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -411,12 +417,11 @@ def test_the_networks_classes_keep_statistics_precise_whoever_loads_them(pipelin
     assert low.pop("unet") == torch.float16 and set(low.values()) == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["mtd", "synthetic"])
-def test_low_precision_moves_scores_by_no_more_than_is_said(name):
-    """Here on a good and a bad picture that come with the package."""
-    precise, low = (RADPipeline.from_embedded(name, dtype=dtype) for dtype in (None, torch.bfloat16))
-    examples = [EMBEDDED_DIR / "examples" / f"hex_nut_{kind}.png" for kind in ("good", "scratch")]
-    expected, output = precise(examples), low(examples)
+def test_low_precision_moves_scores_by_no_more_than_is_said():
+    """Here on a picture that comes with the package; where bfloat16 is emulated even that takes long."""
+    precise, low = (RADPipeline.from_embedded("synthetic", dtype=dtype) for dtype in (None, torch.bfloat16))
+    example = EMBEDDED_DIR / "examples" / "hex_nut_scratch.png"
+    expected, output = precise(example), low(example)
     assert np.abs(output.score - expected.score).max() < 0.05
     assert np.array_equal(output.is_anomalous, expected.is_anomalous)
     for scores, truth in ((output.scores, expected.scores), (output.maps, expected.maps)):

@@ -1,5 +1,6 @@
 """Restoration by denoising and by RAN's gradient: what changes, what stays, and what is said of the result."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +20,21 @@ def with_spot(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.fixture
-def knowing(good_images) -> RADPipeline:
-    """A pipeline whose network predicts the first good image, whatever it sees; `knowing.seen` has its inputs."""
+@pytest.fixture(scope="module")
+def denoising(good_images) -> RADPipeline:
+    """A fitted pipeline whose network predicts x_0. Shared: a test must not change it."""
     networks = new_pipeline((), good_images).components
     networks |= {"scheduler": RADScheduler(prediction_type="sample")}
     networks |= {"unet": RADUNet2DModel.from_config(networks["unet"].config, wiener=True).eval()}
     pipeline = RADPipeline(**networks, resolution=64).fit_normality(good_images, gaussian_channels=16)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def knowing(denoising, good_images) -> RADPipeline:
+    """A pipeline whose network predicts the first good image, whatever it sees; `knowing.seen` has its inputs."""
+    pipeline = copy.deepcopy(denoising)
     x_0, _ = pipeline.image_processor.preprocess([good_images[0]])
     forward, pipeline.seen = pipeline.unet.forward, []
 
@@ -121,8 +129,8 @@ def test_the_method_follows_from_what_the_network_predicts(knowing, pipeline, go
 def test_what_comes_out_is_inspected_as_any_image(pipeline, good_images):
     restored = pipeline.restore([with_spot(good_images[0]), good_images[1]], num_steps=5, false_alarm_rate=0.2)
     again = pipeline([steps[-1] for steps in restored.intermediates], false_alarm_rate=0.2)
-    # Tiny p-values magnify rounding
-    np.testing.assert_allclose(np.log(restored.p_value), np.log(again.p_value), rtol=0.003)
+    # Tiny p-values magnify rounding: half a per cent of a score is 8 % of a p-value of 1e-8
+    np.testing.assert_allclose(np.log(restored.p_value), np.log(again.p_value), rtol=0.01)
     assert np.array_equal(restored.is_anomalous, restored.p_value <= 0.2)
 
 

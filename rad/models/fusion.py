@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..metrics import image_auroc
 from .evidence import GLOBAL, SCORE_TYPES, weighted_sum
 from .gaussian import Reduce
 
@@ -144,10 +143,9 @@ def choose_weights(
         of_good, gains = score(good), []
         for look, _ in pairs:
             of_bad = score(look)
-            labels = np.repeat([1, 0], [len(of_bad), len(of_good)])
             distance = (of_bad - of_good.mean()) / of_good.std().clamp_min(1e-6)
-            auroc = image_auroc(torch.cat([of_bad, of_good]).numpy(), labels)
-            gains.append(auroc + 0.5 * float((distance / FAR).clamp(0, 1).mean()))
+            auroc = (torch.sign(of_bad[:, None] - of_good).mean() + 1) / 2  # thousands of times: not by scikit-learn
+            gains.append(float(auroc) + 0.5 * float((distance / FAR).clamp(0, 1).mean()))
         return float(np.average(gains, weights=shares))
 
     # 3. Climb from the prior

@@ -71,6 +71,7 @@ class Batch:
     total: int
     token: str  # of the files
     rows: list[Row] = field(default_factory=list)
+    rate: float | None = None  # false alarms that the visitor has set since the batch began
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -258,9 +259,10 @@ def on_run(
     request: gr.Request,
     progress: gr.Progress = gr.Progress(),
 ) -> Iterator[tuple]:
-    """Rows as they come; gallery and plot follow from `on_redraw`, at the rate that is set by then."""
+    """Rows as they come, at the rate that is set by then; gallery and plot follow from `on_redraw`."""
     last = 0.0
     for batch in score_all(paths, model, category, request.session_hash):
+        rate = batch.rate or rate
         done = len(batch.rows)
         progress((done, batch.total), desc="Scoring the pictures", unit="pictures")
         if not done:  # what belongs to the batch before goes
@@ -272,7 +274,10 @@ def on_run(
 
 @handler
 def on_redraw(batch: Batch | None, rate: float) -> tuple | list:
-    return [gr.skip()] * 4 if batch is None or not batch.rows else show(batch, rate)
+    if batch is None or not batch.rows:
+        return [gr.skip()] * 4
+    batch.rate = rate  # for a batch that still runs
+    return show(batch, rate)
 
 
 @handler

@@ -28,10 +28,10 @@ def choices() -> list[tuple[str, str]]:
 
 
 @handler
-def on_model(model: str) -> tuple[gr.Dropdown, float]:
-    """The model's products, and the alarm that its good pictures can tell."""
+def on_model(model: str, before: str) -> tuple:
+    """The model's products, and, when it is another one, the alarm that its good pictures can tell."""
     products = gr.Dropdown(choices=[models.AUTO, *models.categories(model)], value=models.AUTO)
-    return products, models.default_rate(model)
+    return products, gr.skip() if model == before else models.default_rate(model), model
 
 
 def build(demo: gr.Blocks) -> Settings:
@@ -46,7 +46,15 @@ def build(demo: gr.Blocks) -> Settings:
         with gr.Column(min_width=280):
             rate = rate_slider()
     settings = Settings(model, category, rate, gr.State(choices()), gr.State(time_to_live=visitors.KEPT_SECONDS))
-    gr.on([demo.load, model.change], on_model, model, [category, rate], concurrency_limit=4, api_visibility="private")
+    before = gr.State("")
+    gr.on(
+        [demo.load, model.change],
+        on_model,
+        [model, before],
+        [category, rate, before],
+        concurrency_limit=4,
+        api_visibility="private",
+    )
     return settings
 
 
