@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python app.py
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile  # a file on each core
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ def main() -> int:
         f"{pipeline.normality.config.num_scores} good parts, which leave it between {low:.1%} and {high:.1%}, "
         f"95 % confidence). {seconds:.1f} s."
     )
-    if note := rate_note(rate, pipeline.normality.config.num_scores):
+    if note := rate_note(rate, pipeline.normality.num_different):
         print(note)
     print(f"Read: {describe(Path(args.image))}. Heatmap: {path.resolve()}")
     return 3 if output.is_anomalous[0] else 0

@@ -3,14 +3,15 @@
 import argparse
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from .data.inputs import list_inputs
+from .data.inputs import Source, list_inputs
 from .models.false_alarms import rate_note
 from .pipeline_arguments import as_integer
 from .pipeline_loading import EMBEDDED_MODELS
@@ -31,8 +32,12 @@ SOME_FAILED = 4
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    return create_parser(prog, DESCRIPTION).parse_args(argv)
+
+
+def create_parser(prog: str | None, description: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -56,17 +61,41 @@ def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> ar
     parser.add_argument(
         "--overwrite", action="store_true", help="Begin anew where the folder holds rows with other settings."
     )
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Returns the exit status.
+def predict_here(
+    args: argparse.Namespace, pipeline: RADPipeline, sources: Sequence[Source]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the pictures, scored by this process."""
+    return predict(
+        pipeline,
+        sources,
+        args.false_alarm_rate,
+        args.category,
+        args.batch_size,
+        args.num_threads,
+        Path(args.output).expanduser(),
+        outputs_of(args),
+    )
+
+
+def outputs_of(args: argparse.Namespace) -> Outputs:
+    return Outputs(args.overlays, args.masks, args.maps)
+
+
+def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any]]] = predict_here) -> int:
+    """Scores what the arguments name and writes what they ask for; returns the exit status.
+
+    Args:
+        args: From `parse_args`.
+        scoring: Gives the rows of pictures, in any order: see `predict_here`.
 
     Raises:
         ValueError, OSError: There is nothing to score, or a bad argument or model; the message names it.
     """
     logging.basicConfig(format="%(message)s")
-    batch_size, num_threads = (as_integer(getattr(args, name), name, 1) for name in ("batch_size", "num_threads"))
+    args.batch_size, args.num_threads = (as_integer(getattr(args, n), n, 1) for n in ("batch_size", "num_threads"))
     state = PartialState(cpu=args.device == "cpu")  # or what `training/predict.py` has made of it
     is_main, folder = state.is_main_process, Path(args.output).expanduser()
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -81,9 +110,8 @@ def main(args: argparse.Namespace) -> int:
             )
         pipeline = RADPipeline.load(args.model).to(args.device or state.device)
         pipeline.set_progress_bar_config(disable=True)
-        outputs = Outputs(args.overlays, args.masks, args.maps)
-        settings = settings_of(pipeline, args.false_alarm_rate, args.category, outputs)
-        rate = settings["false_alarm_rate"]
+        settings = settings_of(pipeline, args.false_alarm_rate, args.category, outputs_of(args))
+        rate = args.false_alarm_rate = settings["false_alarm_rate"]
         predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
         state.wait_for_everyone()
         done = {name for name, row in predictions.rows().items() if not row["error"]}
@@ -98,8 +126,8 @@ def main(args: argparse.Namespace) -> int:
 
         # 2. This process's share of it
         own = remaining[state.process_index :: state.num_processes]
-        rows = predict(pipeline, own, rate, args.category, batch_size, num_threads, folder, outputs)
-        for _ in tqdm(predictions.append(rows), total=len(own), desc="Scoring", unit="picture", disable=not is_main):
+        rows = predictions.append(scoring(args, pipeline, own))
+        for _ in tqdm(rows, total=len(own), desc="Scoring", unit="picture", disable=not is_main):
             pass
     state.wait_for_everyone()
 
@@ -115,6 +143,6 @@ def main(args: argparse.Namespace) -> int:
         f"{bad} of {len(names) - failed} pictures are defective, at a false-alarm rate of "
         f"{rate:.2%}.{told} Rows: {folder.resolve()}/predictions.csv and .jsonl"
     )
-    if note := rate_note(rate, pipeline.normality.config.num_scores):
+    if note := rate_note(rate, pipeline.normality.num_different):
         logger.info(note)
     return SOME_FAILED if failed else 0

@@ -1,7 +1,6 @@
 """What the pipeline accepts, of Python, NumPy and torch alike: one clear sentence for each bad argument."""
 
 import functools
-import hashlib
 import inspect
 import operator
 import os
@@ -288,43 +287,3 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"fit_normality() got an unexpected keyword argument {name!r}; of NormalityModel's it takes "
                 f"{', '.join(accepted)}."
             )
-
-
-def fingerprint(pixels: np.ndarray) -> int:
-    """A positive number that pictures [H, W, C] or [C, H, W] of the same pixels share; 0 for one of a single colour.
-
-    Args:
-        pixels: At the model's resolution, of any type.
-    """
-    axes = (1, 2) if pixels.shape[0] == 3 else (0, 1)
-    if (pixels.min(axes) == pixels.max(axes)).all():
-        return 0
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=7).digest(), "big") + 1
-
-
-def check_different(prints: Sequence[int], categories: Sequence[str], least: int, of: Sequence[str] = ()) -> int:
-    """Whether good images show enough different things; returns how many are copies of others.
-
-    Args:
-        prints: The `fingerprint` of each image.
-        categories: Of each, likewise.
-        least: Different ones that each category needs.
-        of: Names of the images, if they are to be told.
-
-    Raises:
-        ValueError: There are images of one colour, or enough images but too few different ones.
-    """
-    plain = [i for i, value in enumerate(prints) if value == 0]
-    if plain:
-        named = f" (the first is {of[plain[0]]})" if of else ""
-        raise ValueError(
-            f"{len(plain)} of {len(prints)} good images{named} are of one colour and show no part: take them out."
-        )
-    for category in sorted(set(categories)):
-        own = [value for value, name in zip(prints, categories, strict=True) if name == category]
-        if len(set(own)) < least <= len(own):  # fewer than `least` are told without a look
-            raise ValueError(
-                f"Category {category!r} has {len(own)} good images, {len(own) - len(set(own))} of which are copies of "
-                f"others; it needs at least {least} different ones."
-            )
-    return len(prints) - len(set(prints))

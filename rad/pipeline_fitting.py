@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from .data.camera import through_another_camera
+from .data.duplicates import SIDE, check_different, fingerprint, sketch
 from .data.twins import defective_twins
 from .image_processor import RADImageProcessor, find_pixel_range
 from .image_reader import PipelineImageInput, peak
 from .models.fitting import Mirrored, Views
 from .models.fusion import KINDS, Twins
-from .models.gaussian import MIN_GOOD, MIRRORED_IMAGES, check_counts, num_folds
+from .models.gaussian import MIN_GOOD, MIRRORED_IMAGES, check_counts, folds_of
 from .models.normality import NormalityModel
 from .pipeline_arguments import (
     as_integer,
@@ -23,9 +24,7 @@ from .pipeline_arguments import (
     batches,
     check_categories,
     check_config,
-    check_different,
     check_images,
-    fingerprint,
     in_own_mode,
 )
 
@@ -158,12 +157,13 @@ class RADFittingMixin:
 
         copies, copied = [features[:0]], []  # mirrored ones, and the places of what they are copies of
         to_mirror = mirror_sources(names)
-        prints = torch.zeros(len(names), dtype=torch.int64)
+        prints, sketches = torch.zeros(len(names), dtype=torch.int64), torch.zeros(len(names), SIDE, SIDE)
         masks = torch.zeros(num_twins, map_size, map_size)
         with self.progress_bar(total=len(features)) as progress:
             for batch in batches(len(own), batch_size):
                 x_0, own_sizes = processor.preprocess(own[batch])
                 prints[share][batch] = torch.tensor([fingerprint(one.numpy()) for one in x_0])
+                sketches[share][batch] = sketch(x_0)
                 look(x_0, own_names[batch], batch.start)
                 for place, x in enumerate(x_0, batch.start):
                     if place * world + rank in to_mirror:
@@ -176,10 +176,11 @@ class RADFittingMixin:
                         copies.append(F.adaptive_avg_pool2d(views.float(), size).to(features))
                         copied += [place] * len(views)
                 progress.update(len(x_0))
-            if num_copies := check_different(reduce(prints).tolist(), names, MIN_GOOD):
+            parts = check_different(reduce(prints).tolist(), reduce(sketches), names, MIN_GOOD)
+            if num_copies := len(parts) - len(set(parts)):
                 warnings.warn(
-                    f"{num_copies} of {len(names)} good images are copies of others: thresholds take them for "
-                    "different parts, and so are too sure.",
+                    f"{num_copies} of {len(names)} good images are copies of others or show the same part: they are "
+                    "held out together, and count as one where it is said what thresholds rest on.",
                     stacklevel=3,
                 )
 
@@ -193,7 +194,7 @@ class RADFittingMixin:
                 look(x_0, [names[i] for _, i in picked], len(own) + batch.start)
                 progress.update(len(x_0))
             for place, (number, i) in enumerate(own_sources):
-                other = texture_of(i, names, num_scored)
+                other = texture_of(i, names, num_scored, parts)
                 (x_0, texture), _ = processor.preprocess([(good + held_out)[j] for j in (i, other)])
                 x_0, mask = with_defects(x_0, texture, number)
                 start = len(KINDS) * place
@@ -209,6 +210,7 @@ class RADFittingMixin:
         labels = [known.index(name) for name in names]
         more = {
             "mirrored": Mirrored(torch.cat(copies), copied),
+            "parts": parts,
             "views": Views([i // world for _, i in own_viewed], [number for number, _ in own_viewed], len(viewed)),
         }
         normality.fit(features, residuals, summaries, labels, raw_maps, known, share, reduce, twins, chosen, **more)
@@ -241,14 +243,14 @@ def mirror(x_0: torch.Tensor) -> torch.Tensor:
     return torch.stack([x_0.flip(2), x_0.flip(1), x_0.flip(1, 2)])
 
 
-def texture_of(image: int, names: Sequence[str], num_scored: int) -> int:
-    """Which image's texture to paste on a scored one: of its category and, if there is one, its fold, so that what
-    judges it knows neither."""
+def texture_of(image: int, names: Sequence[str], num_scored: int, parts: Sequence[int]) -> int:
+    """Which image's texture to paste on a scored one: of its category, another part and, if there is one, its fold, so
+    that what judges it knows neither."""
     members = scored_of(names[image], names, num_scored)
-    place, folds = members.index(image), num_folds(len(members))
-    same = [other for k, other in enumerate(members) if k % folds == place % folds and other > image]
-    first = members[place % folds]
-    return same[0] if same else first if first != image else members[(place + 1) % len(members)]
+    folds = dict(zip(members, folds_of([parts[i] for i in members]), strict=True))
+    others = [i for i in members if parts[i] != parts[image]] or [i for i in members if i != image]
+    others = [i for i in others if folds[i] == folds[image]] or others
+    return next((i for i in others if i > image), others[0])
 
 
 def scored_of(name: str, names: Sequence[str], num_scored: int) -> list[int]:

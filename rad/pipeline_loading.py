@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from .data.camera import change_camera
 from .data.defects import add_defect
 from .data.drawing import turn
+from .data.duplicates import same_parts
 from .data.pasting import paste_defects
 from .data.twins import defective_twins
 from .hub import WEIGHTS, check_repo_id, download, list_files, one_sentence, upload, write_code
 from .image_processor import RADImageProcessor
 from .image_reader import read
-from .metrics import pixel_metrics
 from .model_card import create_model_card
 from .models.detail import DetailBranch
 from .models.discriminator import RADDiscriminator
@@ -64,6 +64,7 @@ LIMITS = {
     "gaussian_channels": 1024,
     "map_size": 512,
     "num_scores": 1_000_000,
+    "num_different": 1_000_000,
 }
 if hasattr(os, "register_at_fork"):
     # A child has none of its parent's threads, and torch's next parallel loop would wait for them for ever
@@ -256,7 +257,6 @@ class RADLoaderMixin(DiffusionPipeline):
             Evidence,
             Moments,
             FalseAlarmMixin,
-            pixel_metrics,
             Twins,
             create_model_card,
             FittingMixin,
@@ -267,6 +267,7 @@ class RADLoaderMixin(DiffusionPipeline):
             turn,
             add_defect,
             change_camera,
+            same_parts,
             paste_defects,
             defective_twins,
             RADFittingMixin,

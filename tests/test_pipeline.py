@@ -439,12 +439,13 @@ def test_defects_are_put_on_scored_images_of_each_category_evenly():
 def test_texture_comes_from_the_same_category_and_fold():
     names = ["a", "b"] * 120
     for image in range(20, 240):
-        other = texture_of(image, names, 220)
+        other = texture_of(image, names, 220, range(len(names)))
         assert other != image and other >= 20 and names[other] == names[image]
         places = [[i for i in range(20, 240) if names[i] == names[image]].index(i) for i in (image, other)]
         assert places[0] % 5 == places[1] % 5
-    assert texture_of(0, ["a"] * 12, 12) == 1  # few are held out one by one: there is none of its fold
-    assert texture_of(11, ["a"] * 12, 12) == 0
+    assert texture_of(0, ["a"] * 12, 12, range(12)) == 1  # few are held out one by one: there is none of its fold
+    assert texture_of(11, ["a"] * 12, 12, range(12)) == 0
+    assert texture_of(0, ["a"] * 12, 12, [0, 0, *range(10)]) == 3  # the first two and the third show the same part
 
 
 def test_some_images_of_each_category_are_mirrored_in_three_ways():

@@ -454,7 +454,11 @@ def plain(count):
 @pytest.mark.parametrize(
     ("pick", "categories", "message"),
     [
-        (lambda good: good[:1] * 12, None, "12 good images, 11 of which are copies of others; it needs at least 5"),
+        (
+            lambda good: good[:1] * 12,
+            None,
+            "12 good images, 11 of which are copies of others or show the same part; it needs at least 5",
+        ),
         (lambda good: good[:4] * 3, None, "12 good images, 8 of which are copies"),
         (lambda good: [Image.new("RGB", (64, 64))] * 10, None, "10 of 10 good images are of one colour"),
         (lambda good: plain(10), None, "10 of 10 good images are of one colour"),

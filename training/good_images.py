@@ -17,10 +17,10 @@ from rad import RADImageProcessor
 from rad.data import AnomalyDataset, detect_format, load_hub_dataset
 from rad.data.batches import DecodedImages, to_pixels
 from rad.data.dataset import MIN_IMAGES
+from rad.data.duplicates import check_different, fingerprint, sketch
 from rad.data.summary import DataSummary, summarise
-from rad.image_processor import FULL_SCALE, find_pixel_range
+from rad.image_processor import FULL_SCALE, find_pixel_range, to_input
 from rad.image_reader import name_of, peak
-from rad.pipeline_arguments import check_different, fingerprint
 from rad.truths import Survey
 
 logger = logging.getLogger("rad.train")
@@ -138,13 +138,13 @@ def decode_images(
             most of a category are copies.
     """
 
-    def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int], int] | Exception:
+    def read(index: int) -> tuple[torch.Tensor | None, tuple[int, int], int, torch.Tensor] | Exception:
         try:
             pixels, size = processor.resize(dataset[index].image)
         except (ValueError, OSError) as error:
             return error
-        kept = args.cache_images and not args.dry_run
-        return to_pixels(pixels) if kept else None, size, fingerprint(pixels)
+        kept, image = args.cache_images and not args.dry_run, to_pixels(pixels)
+        return image if kept else None, size, fingerprint(pixels), sketch(to_input(image)[None])[0]
 
     with ThreadPoolExecutor() as pool:
         progress = tqdm(pool.map(read, indices), "Decoding images", len(indices), disable=not show_progress)
@@ -159,9 +159,15 @@ def decode_images(
     results = {index: result for index, result in results.items() if not isinstance(result, Exception)}
     samples = [dataset.samples[index] for index in results]
     categories, names = [sample.category for sample in samples], [name_of(sample.image) for sample in samples]
-    if num_copies := check_different([look for *_, look in results.values()], categories, MIN_IMAGES, names):
-        logger.warning(f"{num_copies} of {len(samples)} good images are copies of others: better take them out.")
-    sizes = Counter(size for _, size, _ in results.values())
+    prints, sketches = [result[2] for result in results.values()], torch.stack([r[3] for r in results.values()])
+    parts = check_different(prints, sketches, categories, MIN_IMAGES, names)
+    if copies := [(names[i], names[part]) for i, part in enumerate(parts) if part != i]:
+        named = ", ".join(f"{one} (as {other})" for one, other in copies[:3]) + (", ..." if len(copies) > 3 else "")
+        logger.warning(
+            f"{len(copies)} of {len(samples)} good images are copies of others or show the same part: {named}. "
+            "They are held out together, and say no more than one of them."
+        )
+    sizes = Counter(result[1] for result in results.values())
     if len(sizes) > 1:
         height, width = sizes.most_common(1)[0][0]
         logger.info(
@@ -169,7 +175,7 @@ def decode_images(
             f"{processor.resolution} x {processor.resolution}, whatever their aspect ratio."
         )
     readable = sorted(results)
-    own_sizes = {index: size for index, (_, size, _) in results.items()}
+    own_sizes = {index: result[1] for index, result in results.items()}
     kept = {index: results.pop(index)[0] for index in readable}
     decoded = DecodedImages({index: image for index, image in kept.items() if image is not None})
     return readable, decoded, own_sizes

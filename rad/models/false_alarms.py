@@ -195,9 +195,14 @@ class FalseAlarmMixin:
         return functools.partial(decide, good=self._good(score_type), quantiles=quantiles, peaks=peaks)
 
     @property
+    def num_different(self) -> int:
+        """Parts that the held-out good images show: photos of the same one say no more than one of them."""
+        return self.config.num_different or self.config.num_scores
+
+    @property
     def default_rate(self) -> float:
         """The false-alarm rate where nobody asks for one: see `default_rate_of`."""
-        return default_rate_of(self.config.num_scores)
+        return default_rate_of(self.num_different)
 
     def decide(
         self,
@@ -227,7 +232,7 @@ class FalseAlarmMixin:
     @property
     def p_value_resolution(self) -> float:
         """The smallest p-value that the held-out good images bear out: see `resolution_of`."""
-        return resolution_of(self.config.num_scores)
+        return resolution_of(self.num_different)
 
     def score_threshold(self, false_alarm_rate: float, score_type: str = FUSED) -> float:
         """The image score that good images exceed at this rate: scores above it have a p-value below the rate."""

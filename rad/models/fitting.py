@@ -23,7 +23,7 @@ from .gaussian import (
     fit_held_out_gaussian,
     fit_held_out_scores,
     fit_held_out_summaries,
-    num_folds,
+    folds_of,
     pack_triangle,
     pick,
 )
@@ -75,12 +75,13 @@ class FittingMixin:
         chosen: Sequence[str] = ("weights", "image_weights"),
         mirrored: Mirrored | None = None,
         views: Views | None = None,
+        parts: Sequence[int] | None = None,
     ) -> Any:
         """Fits on good images, in place; every score that enters a threshold is held out of Gaussians and units.
 
         All N images serve the Gaussians; those with raw maps, the last ones, are also scored. Those are split into
-        folds: the Gaussians and the deviations that score a fold never saw it. When the scored images were kept from
-        the network's training as well, their scores are those of fresh images.
+        folds: the Gaussians and the deviations that score a fold never saw it, nor another photo of a part in it. When
+        the scored images were kept from the network's training as well, their scores are those of fresh images.
 
         Twins, scored images with a defect, are judged as their good ones are, by Gaussians and units of the other
         folds. By both the weights are chosen, a few numbers for all images; twins enter nothing else. Views serve
@@ -106,12 +107,14 @@ class FittingMixin:
             mirrored: Copies of images in this share, some of each category, that serve the features' Gaussian too;
                 every process gives some or none does.
             views: Through another camera, of scored images in this share; on all processes or on none.
+            parts: Of each image of all shares, a number that photos of the same part have in common; by default each
+                shows one of its own.
 
         Returns:
             Itself.
 
         Raises:
-            ValueError: A category has fewer scored images, or statistics are not finite.
+            ValueError: A category has fewer scored images or parts, or statistics are not finite.
         """
         # 1. Which images are scored, and their folds; they follow from the place, whatever the number of processes
         views, num_twins = views or Views([], [], 0), 0 if twins is None else len(twins.sources)
@@ -119,13 +122,20 @@ class FittingMixin:
         label_of, num_scored = torch.tensor(labels), int(reduce(torch.tensor(len(raw_maps) - num_extra)))
         check_counts([categories[label] for label in labels], num_scored, least=MIN_SCORED)
         place = torch.arange(len(labels)) - (len(labels) - num_scored)  # among the scored images; others are below 0
-        fold_of, counts = torch.full_like(label_of, -1), []
-        for label in range(len(categories)):
-            scored = (label_of == label) & (place >= 0)
-            counts.append(int(scored.sum()))
-            fold_of[scored] = torch.arange(counts[-1]) % num_folds(counts[-1])
+        fold_of, counts, parts = torch.full_like(label_of, -1), [], range(len(labels)) if parts is None else parts
+        for label, category in enumerate(categories):
+            of_label = (label_of == label).nonzero().flatten().tolist()
+            held_out = [parts[i] for i in of_label if place[i] >= 0]
+            fold_of_part = dict(zip(held_out, folds_of(held_out), strict=True))
+            counts.append(max(fold_of_part.values(), default=-1) + 1)
+            if counts[-1] < MIN_SCORED:
+                raise ValueError(
+                    f"Category {category!r}: the good images held out must show at least {MIN_SCORED} parts."
+                )
+            fold_of[of_label] = torch.tensor([fold_of_part.get(parts[i], -1) for i in of_label])
         self._resize(features, summaries, raw_maps, categories, num_scored)
-        self.register_to_config(found=None)  # not that of an earlier fit
+        num_different = len({parts[i] for i in range(len(labels) - num_scored, len(labels))})
+        self.register_to_config(found=None, num_different=num_different)  # not those of an earlier fit
 
         # 2. The Gaussian of whole images
         summaries = pick(summaries, self.config.num_summaries)
@@ -155,7 +165,7 @@ class FittingMixin:
         z = raw_maps.new_zeros(int(scored.sum()), self.location.shape[1], size, size, dtype=torch.float32)
         outlying = z.new_zeros(len(z))
         for label, count in enumerate(counts):
-            mine, folds = (label_of == label).nonzero().flatten(), range(num_folds(count))
+            mine, folds = (label_of == label).nonzero().flatten(), range(count)
             fold, good, view, held = fold_of[mine], is_good[mine], is_view[mine], scored[mine]
             num_views, grids = int((of_all[len(labels) :, 0] == label).sum()), []
             for kind, looks in (("residual", residuals), ("feature", features)):
@@ -181,8 +191,8 @@ class FittingMixin:
             self.location[label], self.scale[label] = deviation
             # Unit deviation for each combined map, and for how odd an image is as a whole
             combined = self._combine(z[own[usual]], raw.new_ones(1, len(self.score_types)))
-            parts = torch.stack([combined[name].flatten() for name in self.score_types[1:]], dim=1)
-            self.map_scale[label, 1:] = Moments.of(parts, reduce).mean_and_std()[1]
+            deviating = torch.stack([combined[name].flatten() for name in self.score_types[1:]], dim=1)
+            self.map_scale[label, 1:] = Moments.of(deviating, reduce).mean_and_std()[1]
             mean, std = Moments.of(distance[mine][held][usual].float(), reduce).mean_and_std()
             outlying[own] = ((distance[mine][held] - mean) / std.clamp_min(1e-3)).float()
 
@@ -229,7 +239,7 @@ class FittingMixin:
             combined = self._combine(z[mine], self.map_scale[[label]])
             whole = distance[scored][mine].float()
             image_scores = [*(self._image_score(combined, name, outlying[mine]) for name in names), whole]
-            folds = range(num_folds(count))
+            folds = range(count)
             usual, values = good | is_view[scored][mine], torch.stack(image_scores, dim=1)
             *units, held = fit_held_out_scores(values, row_fold[mine], usual, folds, reduce)
             self.score_location[label], self.score_scale[label] = units

@@ -188,7 +188,8 @@ def judged_by(config: Mapping[str, Any]) -> list[str]:
         sentences.append(f"Weights in the {part}: {named}.")
     if not config["found"]:
         return sentences
-    rates = [f"{rate:g}" for rate in TOLD_RATES if rate >= 1 / (config["num_scores"] + 1)] or [f"{TOLD_RATES[-1]:g}"]
+    num_different = config["num_different"] or config["num_scores"]
+    rates = [f"{rate:g}" for rate in TOLD_RATES if rate >= 1 / (num_different + 1)] or [f"{TOLD_RATES[-1]:g}"]
     kinds = [
         f"{counts[rates[0]]} of {counts['of']} {kind}" for kind, counts in config["found"].items() if counts["of"]
     ]

@@ -114,6 +114,12 @@ def num_folds(count: int) -> int:
     return min(count, 20) if count < FEW_SCORED else 5
 
 
+def folds_of(parts: Sequence[int]) -> list[int]:
+    """The fold of each of a category's scored images, of which photos of one part, a number, share theirs."""
+    order = {part: place for place, part in enumerate(dict.fromkeys(parts))}
+    return [order[part] % num_folds(len(order)) for part in parts]
+
+
 def check_counts(categories: Sequence[str], num_scored: int, least: int = MIN_SCORED) -> None:
     """Raises ValueError unless there are enough good images to fit to.
 

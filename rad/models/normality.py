@@ -61,6 +61,7 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
             defects and costs small ones.
         top_k: The image score is the mean of this many largest values of the map (RAN: 64).
         num_scores: Held-out good images in all.
+        num_different: Parts that these show, if some are photos of the same one.
         pixel_range, darkest_peak: Of good images, as `RADImageProcessor` takes them.
         found: Of each kind of defects put on good images in the fit, how many there were ("of") and how many are found
             at false-alarm rates ("0.01"); None where there were none.
@@ -89,6 +90,7 @@ class NormalityModel(FittingMixin, FalseAlarmMixin, ModelMixin, ConfigMixin):
         pixel_range: Sequence[int] = (0, 255),
         darkest_peak: int = 0,
         found: Mapping[str, Mapping[str, int]] | None = None,
+        num_different: int | None = None,
     ) -> None:
         super().__init__()
         _check_weights("weights", weights, [name for name in WEIGHTED if name != GLOBAL])

@@ -223,7 +223,7 @@ def on_redraw(inspection: Inspection | None, rate: float) -> tuple | list:
         float(mask.mean()),
         inspection.category,
         models.title(inspection.model),
-        normality.config.num_scores,
+        normality.num_different,
         normality.p_value_resolution,
         decision.interval,
     )

@@ -10,14 +10,15 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 
+from rad.data.duplicates import check_different, fingerprint, sketch
 from rad.data.listing import IMAGE_SUFFIXES
 from rad.data.roles import meaning_of
 from rad.image_processor import RADImageProcessor, find_pixel_range
 from rad.image_reader import peak
 from rad.models.false_alarms import rate_note
 from rad.models.fusion import judged_by
-from rad.pipeline_arguments import check_different, fingerprint
 
 from . import models, visitors
 from .batch import fetch, list_files
@@ -102,7 +103,9 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     pictures, sizes = map(list, zip(*each(processor.resize), strict=True))
-    check_different([fingerprint(picture) for picture in pictures], ["object"] * len(pictures), MIN_PICTURES, names)
+    sketches = torch.cat([sketch(processor.preprocess([picture])[0]) for picture in pictures])
+    prints = [fingerprint(picture) for picture in pictures]
+    check_different(prints, sketches, ["object"] * len(pictures), MIN_PICTURES, names)
     return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak, "sizes": sizes}, left_out
 
 
@@ -172,13 +175,15 @@ def report(model: str) -> str:
         for row in rows
     )
     judged = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in judged_by(product.normality.config))
-    note = rate_note(product.normality.default_rate, num_good)
+    num_different = product.normality.num_different
+    note = rate_note(product.normality.default_rate, num_different)
     few = f" More photos narrow this. {note}" if num_good < 100 else ""
+    same = f" of {num_different} parts (some are copies, or show the same one)" if num_different < num_good else ""
     named = ", ".join(product.left_out) + (" ..." if product.num_left_out > len(product.left_out) else "")
     left_out = f" {product.num_left_out} files that are no pictures were left out: {named}." if named else ""
     return (
         f"<div class='verdict good' role='status'><strong>{html.escape(product.name)}: ready</strong>"
-        f"<p>Fitted on {num_good} good pictures, and chosen above: inspect parts in the first tab."
+        f"<p>Fitted on {num_good} good pictures{same}, and chosen above: inspect parts in the first tab."
         f"{html.escape(left_out)}</p>"
         "<table class='facts'><caption>Self-check: each good picture judged by a model that never saw it</caption>"
         "<thead><tr><th>alarm set to</th><th>false alarms</th><th>true rate, 95 % confidence</th></tr></thead>"

@@ -28,10 +28,11 @@ def choices() -> list[tuple[str, str]]:
 
 
 @handler
-def on_model(model: str, before: str) -> tuple:
-    """The model's products, and, when it is another one, the alarm that its good pictures can tell."""
+def on_model(model: str, before: str, rate: float) -> tuple:
+    """The model's products and the alarm that its good pictures can tell, unless the visitor has moved it."""
     products = gr.Dropdown(choices=[models.AUTO, *models.categories(model)], value=models.AUTO)
-    return products, gr.skip() if model == before else models.default_rate(model), model
+    moved = before and rate != models.default_rate(before)
+    return products, gr.skip() if moved else models.default_rate(model), model
 
 
 def build(demo: gr.Blocks) -> Settings:
@@ -50,7 +51,7 @@ def build(demo: gr.Blocks) -> Settings:
     gr.on(
         [demo.load, model.change],
         on_model,
-        [model, before],
+        [model, before, rate],
         [category, rate, before],
         concurrency_limit=4,
         api_visibility="private",

@@ -177,6 +177,7 @@ def test_what_a_model_judges_by_is_told():
         "image_weights": {"global": 0.3, "mahalanobis": 1.0},
         "discriminator": False,
         "num_scores": 30,
+        "num_different": None,
         "found": {"drawn": {"of": 30, "0.01": 9, "0.05": 21, "0.1": 25}, "pasted": {"of": 0, "0.01": 0, "0.05": 0}},
     }
     assert judged_by(config) == [
