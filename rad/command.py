@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .data.inputs import Source, list_inputs
@@ -84,6 +85,17 @@ def outputs_of(args: argparse.Namespace) -> Outputs:
     return Outputs(args.overlays, args.masks, args.maps)
 
 
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds a folder's lock, which ends with this process however it ends; raises ValueError if another run has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".predictions.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"Another run writes to {folder}: wait until it ends, or give another --output.") from error
+
+
 def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any]]] = predict_here) -> int:
     """Scores what the arguments name and writes what they ask for; returns the exit status.
 
@@ -102,7 +114,7 @@ def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any
 
     # 1. What there is to do
     found = list_inputs(args.inputs)
-    with contextlib.closing(found):
+    with contextlib.closing(found), contextlib.ExitStack() as stack:
         found.leave_out(folder)
         for reason, names in found.left_out.items():
             logger.info(
@@ -112,6 +124,8 @@ def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any
         pipeline.set_progress_bar_config(disable=True)
         settings = settings_of(pipeline, args.false_alarm_rate, args.category, outputs_of(args))
         rate = args.false_alarm_rate = settings["false_alarm_rate"]
+        if is_main:
+            stack.enter_context(only_run(folder))
         predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
         state.wait_for_everyone()
         done = {name for name, row in predictions.rows().items() if not row["error"]}
@@ -129,13 +143,13 @@ def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any
         rows = predictions.append(scoring(args, pipeline, own))
         for _ in tqdm(rows, total=len(own), desc="Scoring", unit="picture", disable=not is_main):
             pass
-    state.wait_for_everyone()
+        state.wait_for_everyone()
 
-    # 3. One table of all
-    if not is_main:
-        return 0
+        # 3. One table of all
+        if not is_main:
+            return 0
+        merged = predictions.merge([source.name for source in found.sources])
     names = {source.name for source in found.sources}
-    merged = predictions.merge([source.name for source in found.sources])
     verdicts = [row["verdict"] for row in merged if row["path"] in names]
     bad, failed = verdicts.count("defect"), verdicts.count("error") + len(names) - len(verdicts)
     told = f" {failed} could not be judged: see their errors." if failed else ""

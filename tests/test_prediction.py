@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_script_twice
 
 from rad import command
 from rad.data.inputs import list_inputs
@@ -135,6 +136,24 @@ def test_several_processes_end_with_the_rows_of_one(pipeline, photos, whole_run,
             assert row == expected
         else:
             assert row["score"] == pytest.approx(expected["score"], rel=1e-4, abs=1e-4)
+
+
+def test_two_processes_share_the_work(model, photos, whole_run, tmp_path):
+    """The script as `accelerate launch` runs it."""
+    pictures = sorted(photos.glob("[0-5]*.png"))
+    run_script_twice("training/predict.py", *pictures, "--model", model, "--output", tmp_path, "--device", "cpu")
+    rows, expected = rows_of(tmp_path), rows_of(whole_run)[:6]
+    assert [(row["path"], row["verdict"]) for row in rows] == [(row["path"], row["verdict"]) for row in expected]
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], rel=1e-3, abs=1e-3)
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["predictions.jsonl"]
+
+
+def test_two_runs_in_one_folder_are_one_too_many(model, photos, tmp_path):
+    flags = (photos / "0.png", "--model", model, "--output", tmp_path)
+    with command.only_run(tmp_path), pytest.raises(ValueError, match="Another run writes to .*: wait until it ends"):
+        run(*flags)
+    assert not list(tmp_path.glob("predictions*"))
+    assert run(*flags) == 0
 
 
 def test_predictions_of_another_model_are_not_mixed_in(model, photos, whole_run, tmp_path):
