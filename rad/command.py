@@ -128,7 +128,9 @@ def main(args: argparse.Namespace, scoring: Callable[..., Iterator[dict[str, Any
             stack.enter_context(only_run(folder))
         predictions = Predictions(folder, settings, args.overwrite, state.process_index, state.num_processes)
         state.wait_for_everyone()
-        done = {name for name, row in predictions.rows().items() if not row["error"]}
+        before = predictions.rows()
+        found.keep_apart({row["place"]: name for name, row in before.items()})
+        done = {name for name, row in before.items() if not row["error"]}
         remaining = [source for source in found.sources if source.name not in done]
         if state.num_processes > 1:  # a file that comes while all list them must shift nobody's share
             (names,) = broadcast_object_list([[source.name for source in remaining]])

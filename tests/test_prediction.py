@@ -175,6 +175,17 @@ def test_a_picture_that_does_not_fit_costs_no_other_its_row(pipeline, good_image
     assert [row["verdict"] == "error" for row in rows] == [False, True, False] and rows[1]["error"]
 
 
+def test_pictures_of_another_run_keep_theirs(model, good_images, tmp_path):
+    """Two folders of the same name, one after the other into the same output."""
+    for number, place in enumerate(("monday", "tuesday")):
+        (tmp_path / place / "line").mkdir(parents=True)
+        good_images[number].save(tmp_path / place / "line" / "0.png")
+        assert run(tmp_path / place / "line", "--model", model, "--output", tmp_path / "out", "--overlays") == 0
+    rows = rows_of(tmp_path / "out")
+    shown = [read(tmp_path / "out" / "overlays" / f"{row['place']}.png") for row in rows]
+    assert len(rows) == 2 and not np.array_equal(np.asarray(shown[0]), np.asarray(shown[1]))
+
+
 def test_what_failed_is_tried_again(model, good_images, tmp_path):
     """A picture that was being copied when it was read: its row gives way, and stands once."""
     good_images[0].save(tmp_path / "0.png")

@@ -10,7 +10,7 @@ import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -66,6 +66,16 @@ class Inputs:
             else:
                 kept.append(source)
         self.sources = kept
+
+    def keep_apart(self, places: Mapping[str, str]) -> None:
+        """Another place for pictures whose own is taken by one of another name, {place: name} of earlier runs."""
+        taken = {place.lower(): name for place, name in places.items()}
+        self.sources = [
+            source
+            if taken.get(source.place.lower(), source.name) == source.name
+            else replace(source, place=f"{source.place}-{_digest(source.name)}")
+            for source in self.sources
+        ]
 
     def close(self) -> None:
         for archive in self.archives:
