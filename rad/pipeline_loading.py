@@ -388,6 +388,8 @@ def _check_limits(name: str, settings: dict[str, Any]) -> None:
     """Refuses what would fill the memory before a weight is read."""
     for key, most in LIMITS.items():
         value = settings.get(key, 1)
+        if value is None and key == "num_different":  # of a model that was fitted before it was counted
+            continue
         if not isinstance(value, int) or not 1 <= value <= most:
             raise OSError(f"{name} is refused: its {key} is {value!r}, and must be a number from 1 to {most:,}.")
 

@@ -60,12 +60,13 @@ def predict_on_workers(
     if not pictures:
         return
     # As many blocks as batches: what a worker that dies takes with it is one of them
-    blocks = ray.data.from_items(pictures, override_num_blocks=-(-len(pictures) // args.batch_size))
+    num_blocks = -(-len(pictures) // args.batch_size)
+    blocks = ray.data.from_items(pictures, override_num_blocks=num_blocks)
     scored = blocks.map_batches(
         Scorer,
         fn_constructor_args=[args],
         batch_size=args.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=args.num_workers),
+        compute=ray.data.ActorPoolStrategy(size=min(args.num_workers, num_blocks)),
         num_cpus=args.cpus_per_worker,
         num_gpus=args.gpus_per_worker,
     )

@@ -353,7 +353,13 @@ def build(settings: Settings) -> None:
         path, model = examples[event.index]
         return str(path), model, models.AUTO
 
-    chosen = pick.select(choose, None, [image, settings.model, settings.category], api_visibility="private")
+    chosen = pick.select(
+        choose,
+        None,
+        [image, settings.model, settings.category],
+        trigger_mode="always_last",  # one that is picked while another loads counts
+        api_visibility="private",
+    )
     # The picture may be another, or gone, by the time that one is scored, and again when it is drawn
     checking = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
     for start in (button.click, chosen.success):
