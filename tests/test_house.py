@@ -62,7 +62,7 @@ def declared_in(file: str) -> set[str]:
     ("folder", "extras", "files"),
     [
         ("rad", ["train"], ["requirements.txt"]),
-        ("training", ["train", "test"], ["requirements.txt", "requirements-bench.txt"]),
+        ("training", ["train", "test", "ray"], ["requirements.txt", "requirements-bench.txt"]),
         ("tests", ["test"], ["requirements.txt", "requirements-bench.txt"]),
     ],
 )
