@@ -1,5 +1,6 @@
 """Small real pipelines with random weights, fitted to crops of photographs. Shared: a test must not change them."""
 
+import json
 import os
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def size_of(path: str | Path) -> tuple[int, int]:
     """Width and height of a picture."""
     with Image.open(path) as picture:
         return picture.size
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """What `predict` has written there."""
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def new_pipeline(categories: tuple[str, ...], images: list[Image.Image]) -> RADPipeline:
@@ -97,6 +103,14 @@ def pipeline(good_images) -> RADPipeline:
     pipeline = new_pipeline((), good_images)
     pipeline.fit_normality(good_images, gaussian_channels=16)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(pipeline, tmp_path_factory) -> Path:
+    """The folder of the small pipeline, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from conftest import rows_of
 from PIL import Image
 from processes import run_script_twice
 
@@ -17,13 +18,6 @@ from rad.data.inputs import list_inputs
 from rad.image_reader import read
 from rad.prediction import Outputs, Predictions, predict, settings_of, to_csv
 from rad.visualization import encode_map
-
-
-@pytest.fixture(scope="module")
-def model(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +37,14 @@ def run(*arguments):
     return command.main(command.parse_args([str(part) for part in arguments]))
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
 def without_time(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
-def whole_run(model, photos, tmp_path_factory):
+def whole_run(saved_pipeline, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    assert run(photos, "--model", model, "--output", folder, "--overlays", "--masks", "--maps", "png") == 4
+    assert run(photos, "--model", saved_pipeline, "--output", folder, "--overlays", "--masks", "--maps", "png") == 4
     return folder
 
 
@@ -102,13 +92,13 @@ def test_maps_can_be_arrays(pipeline, photos, tmp_path):
     assert len(rows) == 2 and anomaly_map.dtype == np.float32 and anomaly_map.shape == (64, 64)
 
 
-def test_good_pictures_alone_end_well(model, photos, tmp_path):
-    assert run(photos / "0.png", photos / "5_bad.png", "--model", model, "--output", tmp_path) == 0
+def test_good_pictures_alone_end_well(saved_pipeline, photos, tmp_path):
+    assert run(photos / "0.png", photos / "5_bad.png", "--model", saved_pipeline, "--output", tmp_path) == 0
     assert not (tmp_path / "masks").exists()
 
 
 @pytest.mark.parametrize("tail", ["", '{"path": "half of a ro'])
-def test_an_interrupted_run_is_gone_on_with(pipeline, model, photos, whole_run, tmp_path, tail):
+def test_an_interrupted_run_is_gone_on_with(pipeline, saved_pipeline, photos, whole_run, tmp_path, tail):
     """Killed after three rows, or while it wrote the fourth: no row is lost, and none is there twice."""
     outputs = Outputs(overlays=True, masks=True, maps="png")
     predictions = Predictions(tmp_path, settings_of(pipeline, None, None, outputs))
@@ -117,7 +107,7 @@ def test_an_interrupted_run_is_gone_on_with(pipeline, model, photos, whole_run, 
     with_rows.close()
     with open(tmp_path / "predictions.jsonl", "a") as file:
         file.write(tail)
-    assert run(photos, "--model", model, "--output", tmp_path, "--overlays", "--masks", "--maps", "png") == 4
+    assert run(photos, "--model", saved_pipeline, "--output", tmp_path, "--overlays", "--masks", "--maps", "png") == 4
     rows = rows_of(tmp_path)
     assert [row["path"] for row in rows] == [row["path"] for row in rows_of(whole_run)]
     assert (tmp_path / "predictions.csv").read_text() == to_csv(rows, heading=True).replace("\r\n", "\n")
@@ -138,26 +128,28 @@ def test_several_processes_end_with_the_rows_of_one(pipeline, photos, whole_run,
             assert row["score"] == pytest.approx(expected["score"], rel=1e-4, abs=1e-4)
 
 
-def test_two_processes_share_the_work(model, photos, whole_run, tmp_path):
+def test_two_processes_share_the_work(saved_pipeline, photos, whole_run, tmp_path):
     """The script as `accelerate launch` runs it."""
     pictures = sorted(photos.glob("[0-5]*.png"))
-    run_script_twice("training/predict.py", *pictures, "--model", model, "--output", tmp_path, "--device", "cpu")
+    run_script_twice(
+        "training/predict.py", *pictures, "--model", saved_pipeline, "--output", tmp_path, "--device", "cpu"
+    )
     rows, expected = rows_of(tmp_path), rows_of(whole_run)[:6]
     assert [(row["path"], row["verdict"]) for row in rows] == [(row["path"], row["verdict"]) for row in expected]
     assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], rel=1e-3, abs=1e-3)
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["predictions.jsonl"]
 
 
-def test_two_runs_in_one_folder_are_one_too_many(model, photos, tmp_path):
-    flags = (photos / "0.png", "--model", model, "--output", tmp_path)
+def test_two_runs_in_one_folder_are_one_too_many(saved_pipeline, photos, tmp_path):
+    flags = (photos / "0.png", "--model", saved_pipeline, "--output", tmp_path)
     with command.only_run(tmp_path), pytest.raises(ValueError, match="Another run writes to .*: wait until it ends"):
         run(*flags)
     assert not list(tmp_path.glob("predictions*"))
     assert run(*flags) == 0
 
 
-def test_predictions_of_another_model_are_not_mixed_in(model, photos, whole_run, tmp_path):
-    flags = (photos / "0.png", "--model", model, "--output", tmp_path)
+def test_predictions_of_another_model_are_not_mixed_in(saved_pipeline, photos, whole_run, tmp_path):
+    flags = (photos / "0.png", "--model", saved_pipeline, "--output", tmp_path)
     run(*flags)
     with pytest.raises(ValueError, match="with another false_alarm_rate"):
         run(*flags, "--false_alarm_rate", 0.3)
@@ -175,23 +167,25 @@ def test_a_picture_that_does_not_fit_costs_no_other_its_row(pipeline, good_image
     assert [row["verdict"] == "error" for row in rows] == [False, True, False] and rows[1]["error"]
 
 
-def test_pictures_of_another_run_keep_theirs(model, good_images, tmp_path):
+def test_pictures_of_another_run_keep_theirs(saved_pipeline, good_images, tmp_path):
     """Two folders of the same name, one after the other into the same output."""
     for number, place in enumerate(("monday", "tuesday")):
         (tmp_path / place / "line").mkdir(parents=True)
         good_images[number].save(tmp_path / place / "line" / "0.png")
-        assert run(tmp_path / place / "line", "--model", model, "--output", tmp_path / "out", "--overlays") == 0
+        assert (
+            run(tmp_path / place / "line", "--model", saved_pipeline, "--output", tmp_path / "out", "--overlays") == 0
+        )
     rows = rows_of(tmp_path / "out")
     shown = [read(tmp_path / "out" / "overlays" / f"{row['place']}.png") for row in rows]
     assert len(rows) == 2 and not np.array_equal(np.asarray(shown[0]), np.asarray(shown[1]))
 
 
-def test_what_failed_is_tried_again(model, good_images, tmp_path):
+def test_what_failed_is_tried_again(saved_pipeline, good_images, tmp_path):
     """A picture that was being copied when it was read: its row gives way, and stands once."""
     good_images[0].save(tmp_path / "0.png")
     content = (tmp_path / "0.png").read_bytes()
     (tmp_path / "1.png").write_bytes(content[:100])
-    flags = (tmp_path / "0.png", tmp_path / "1.png", "--model", model, "--output", tmp_path / "out")
+    flags = (tmp_path / "0.png", tmp_path / "1.png", "--model", saved_pipeline, "--output", tmp_path / "out")
     assert run(*flags) == 4
     (tmp_path / "1.png").write_bytes(content)
     assert run(*flags) == 0
@@ -200,9 +194,9 @@ def test_what_failed_is_tried_again(model, good_images, tmp_path):
     assert (tmp_path / "out" / "predictions.csv").read_text().count("1.png") == 1
 
 
-def test_an_unknown_category_is_refused_before_a_row_is_written(model, photos, tmp_path):
+def test_an_unknown_category_is_refused_before_a_row_is_written(saved_pipeline, photos, tmp_path):
     with pytest.raises(ValueError, match="typo"):
-        run(photos, "--model", model, "--output", tmp_path, "--category", "typo")
+        run(photos, "--model", saved_pipeline, "--output", tmp_path, "--category", "typo")
     assert not list(tmp_path.iterdir())
 
 
@@ -216,14 +210,14 @@ def test_names_of_no_encoding_are_rows_too(pipeline, good_images, tmp_path):
     assert list(Predictions(tmp_path / "out", {}).rows()) == [strange.name]
 
 
-def test_the_output_folder_is_no_input_and_other_files_in_it_stay(model, good_images, tmp_path):
+def test_the_output_folder_is_no_input_and_other_files_in_it_stay(saved_pipeline, good_images, tmp_path):
     good_images[0].save(tmp_path / "0.png")
     out = tmp_path / "out"
     for _ in range(2):
-        assert run(tmp_path, "--model", model, "--output", out, "--overlays", "--masks") == 0
+        assert run(tmp_path, "--model", saved_pipeline, "--output", out, "--overlays", "--masks") == 0
         assert [row["path"] for row in rows_of(out)] == [str(tmp_path / "0.png")]
         (out / "predictions-backup.jsonl").write_text("mine")
-    assert run(tmp_path, "--model", model, "--output", out, "--overwrite") == 0
+    assert run(tmp_path, "--model", saved_pipeline, "--output", out, "--overwrite") == 0
     assert (out / "predictions-backup.jsonl").read_text() == "mine"
 
 
@@ -251,8 +245,8 @@ def test_memory_holds_a_few_batches(pipeline, photos):
     rows.close()
 
 
-def test_the_command_line_knows_it(monkeypatch, photos, model, tmp_path):
-    flags = ["--model", str(model), "--output", str(tmp_path)]
+def test_the_command_line_knows_it(monkeypatch, photos, saved_pipeline, tmp_path):
+    flags = ["--model", str(saved_pipeline), "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["rad", "predict", str(photos / "0.png"), *flags])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("rad", run_name="__main__")

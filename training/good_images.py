@@ -159,7 +159,7 @@ def decode_images(
     results = {index: result for index, result in results.items() if not isinstance(result, Exception)}
     samples = [dataset.samples[index] for index in results]
     categories, names = [sample.category for sample in samples], [name_of(sample.image) for sample in samples]
-    prints, sketches = [result[2] for result in results.values()], torch.stack([r[3] for r in results.values()])
+    prints, sketches = ([result[part] for result in results.values()] for part in (2, 3))
     parts = check_different(prints, sketches, categories, MIN_IMAGES, names)
     if copies := [(names[i], names[part]) for i, part in enumerate(parts) if part != i]:
         named = ", ".join(f"{one} (as {other})" for one, other in copies[:3]) + (", ..." if len(copies) > 3 else "")

@@ -2,11 +2,11 @@
 """`python -m rad predict` on the workers of a Ray cluster."""
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ def predict_on_workers(
     pictures = [{"picture": json.dumps([source.name, source.place])} for source in sources]
     if not pictures:
         return
+    if not ray.is_initialized():  # here, where all that may be wrong has been told
+        ray.init(args.address, log_to_driver=False)
     # As many blocks as batches: what a worker that dies takes with it is one of them
     num_blocks = -(-len(pictures) // args.batch_size)
     blocks = ray.data.from_items(pictures, override_num_blocks=num_blocks)
@@ -89,14 +91,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ImportError: Ray is not installed.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("Ray is not installed: pip install 'rad-diffusion[ray]'.") from error
-    with contextlib.closing(list_inputs(args.inputs)):  # what is wrong with them shows before Ray starts
-        pass
-    if not ray.is_initialized():
-        ray.init(args.address, log_to_driver=False)
+    if find_spec("ray") is None:
+        raise ImportError("Ray is not installed: pip install 'rad-diffusion[ray]'.")
     return command.main(args, predict_on_workers)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 SIDE = 128  # pixels of a sketch
 REACH = 4  # by which a part may have moved between two photos, in these pixels
@@ -34,13 +36,17 @@ def sketch(x_0: torch.Tensor) -> torch.Tensor:
 
 
 def check_different(
-    prints: Sequence[int], sketches: torch.Tensor, categories: Sequence[str], least: int, of: Sequence[str] = ()
+    prints: Sequence[int],
+    sketches: Sequence[torch.Tensor] | torch.Tensor,
+    categories: Sequence[str],
+    least: int,
+    of: Sequence[str] = (),
 ) -> list[int]:
     """Whether good images show enough different parts; which image shows which.
 
     Args:
         prints: The `fingerprint` of each image.
-        sketches: Of each, [N, 128, 128].
+        sketches: Of each, [128, 128].
         categories: Of each, likewise.
         least: Different parts that each category needs.
         of: Names of the images, if they are to be told.
@@ -60,15 +66,15 @@ def check_different(
     parts = list(range(len(prints)))
     for category in sorted(set(categories)):
         own = [i for i, name in enumerate(categories) if name == category]
-        first = {prints[i]: i for i in reversed(own)}
-        pairs = [(first[prints[i]], i) for i in own] + [(own[a], own[b]) for a, b in same_parts(sketches[own])]
-        for _ in own:  # as many links as the longest chain has, one by default
-            before = parts.copy()
-            for a, b in pairs:
-                parts[a] = parts[b] = min(parts[a], parts[b])
-            if parts == before:
-                break
-        num_parts = len({parts[i] for i in own})
+        first = {prints[i]: place for place, i in reversed(list(enumerate(own)))}
+        pairs = [(first[prints[i]], place) for place, i in enumerate(own)]
+        pairs += same_parts(torch.stack([sketches[i] for i in own]))
+        graph = coo_array((np.ones(len(pairs)), np.transpose(pairs)), shape=(len(own), len(own)))
+        _, part_of = connected_components(graph, directed=False)
+        shown = {part: i for i, part in reversed(list(zip(own, part_of, strict=True)))}
+        for i, part in zip(own, part_of, strict=True):
+            parts[i] = shown[part]
+        num_parts = len(shown)
         if num_parts < least <= len(own):  # fewer than `least` are told without a look
             raise ValueError(
                 f"Category {category!r} has {len(own)} good images, {len(own) - num_parts} of which are copies of "
@@ -90,7 +96,6 @@ def same_parts(sketches: torch.Tensor) -> list[tuple[int, int]]:
     count = len(sketches)
     if count < 2:
         return []
-    sketches = sketches.float()
     # 1. Candidates: amplitude spectra do not change where a part moves
     window = torch.hann_window(SIDE, periodic=False).sqrt()
     spectra = torch.fft.rfft2(sketches * window[:, None] * window)

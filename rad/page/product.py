@@ -10,7 +10,6 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 
 from rad.data.duplicates import check_different, fingerprint, sketch
 from rad.data.listing import IMAGE_SUFFIXES
@@ -103,7 +102,7 @@ def read(paths: list[str], resolution: int) -> tuple[list[np.ndarray], dict[str,
     pixel_range, darkest_peak = find_pixel_range(list(each(peak)))
     processor = RADImageProcessor(resolution, pixel_range, darkest_peak)
     pictures, sizes = map(list, zip(*each(processor.resize), strict=True))
-    sketches = torch.cat([sketch(processor.preprocess([picture])[0]) for picture in pictures])
+    sketches = [sketch(processor.preprocess([picture])[0])[0] for picture in pictures]
     prints = [fingerprint(picture) for picture in pictures]
     check_different(prints, sketches, ["object"] * len(pictures), MIN_PICTURES, names)
     return pictures, {"pixel_range": pixel_range, "darkest_peak": darkest_peak, "sizes": sizes}, left_out

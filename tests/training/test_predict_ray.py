@@ -1,6 +1,5 @@
 """Scoring by Ray: rows are those of a single process, also when a worker dies on the way."""
 
-import json
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import rows_of
 from PIL import Image
 
 from rad import command
@@ -34,13 +34,6 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def model(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def photos(good_images, tmp_path_factory):
     """36 pictures, one of which is none."""
     folder = tmp_path_factory.mktemp("photos")
@@ -52,13 +45,9 @@ def photos(good_images, tmp_path_factory):
     return folder
 
 
-def arguments(photos, model, folder):
-    given = [photos, "--model", model, "--output", folder, "--masks", "--batch_size", 2, "--device", "cpu"]
+def arguments(photos, saved_pipeline, folder):
+    given = [photos, "--model", saved_pipeline, "--output", folder, "--masks", "--batch_size", 2, "--device", "cpu"]
     return [str(part) for part in given]
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def told(rows):
@@ -81,12 +70,12 @@ def kill_a_worker(rows_at, killed):
             return
 
 
-def test_rows_are_those_of_one_process_though_a_worker_dies(cluster, photos, model, tmp_path):
-    assert command.main(command.parse_args(arguments(photos, model, tmp_path / "one"))) == 4
+def test_rows_are_those_of_one_process_though_a_worker_dies(cluster, photos, saved_pipeline, tmp_path):
+    assert command.main(command.parse_args(arguments(photos, saved_pipeline, tmp_path / "one"))) == 4
     killed = []
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "ray" / "predictions.jsonl", killed), daemon=True)
     killer.start()
-    flags = arguments(photos, model, tmp_path / "ray")
+    flags = arguments(photos, saved_pipeline, tmp_path / "ray")
     assert predict_ray.main(predict_ray.parse_args(flags)) == 4
     killer.join(1)
     assert killed, "no worker was killed"
